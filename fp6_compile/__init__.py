@@ -1,0 +1,23 @@
+"""Six-bit weights for torch.compile: `torch.compile(model, backend="fp6")`.
+
+    formats    E3M2, E2M3: fields, values, bias shift                     <- start here
+    quantize   weight -> codes and scales
+    packing    codes <-> canonical planes <-> device layout
+    ops        fp6::dequantize, fp6::mm: what a packed weight means
+    config     the options
+    linears    which inputs of a graph are weights, and why others are not
+    weights    packed planes, once per parameter, never stale
+    report     what was taken, what was left alone and why
+    passes     matmul of a dequantized weight => fp6::mm
+    lowerings  fp6::mm => Inductor template, epilogue fused
+    kernels    the Triton kernel
+    backend    all of it behind one name
+
+Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
+Triton nor Inductor.
+"""
+
+from fp6_compile.report import LinearReport, Report, last_report, reports
+
+__all__ = ["LinearReport", "Report", "last_report", "reports"]
+__version__ = "0.1.0"

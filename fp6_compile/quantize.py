@@ -1,0 +1,100 @@
+"""From a weight to codes and scales: round to nearest, per output channel or per group of inputs.
+
+A weight [N, K] is cut along K into G = ceil(K / group_size) groups (one, the whole row, when group_size is None: the coarse
+scale of ZeroQuant(4+2)). Every group has one FP32 scale s, and stores the code nearest to w / s. FP32 because an FP16 scale
+overflows once the kernel's power of two is folded in, and four bytes a row cost nothing.
+
+Scales are [G, N], not [N, G]: the kernel's lanes walk along N and read neighbouring scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp6_compile.formats import Format
+
+SCALES = ("absmax", "mse")
+
+# Clipping ratios that "mse" tries. 1.0 is absmax; below 0.6 nothing ever won on the weights we looked at.
+_CLIPS = [1.0 - 0.02 * i for i in range(21)]
+# Weights are quantized this many at a time: the float32 temporaries stay small beside a layer.
+_BLOCK = 1 << 22
+
+
+def quantize(
+    weight: Tensor, fmt: Format, group_size: int | None = None, scale: str = "absmax"
+) -> tuple[Tensor, Tensor]:
+    """Nearest codes and scales of `weight`.
+
+    Args:
+        weight: [N, K], float16, bfloat16, float32 or float64, any strides; finite.
+        fmt: the format of the codes.
+        group_size: inputs that share a scale; any positive number (the last group may be short), or None for the row.
+        scale: "absmax" (largest magnitude lands on `fmt.max`) or "mse" (of 21 clipping ratios, the one with the least
+            squared error in each group).
+
+    Returns:
+        codes [N, K] uint8 and scale [G, N] float32. A group of zeros gets scale 1.
+
+    Raises:
+        ValueError: weight is not a floating-point matrix or has NaN or infinite values; unknown `scale`; bad group_size.
+    """
+    _check(weight, group_size, scale)
+    n, k = weight.shape
+    size = group_size or max(k, 1)
+    groups = -(-k // size)
+    codes = weight.new_empty(n, k, dtype=torch.uint8)
+    scales = weight.new_empty(groups, n, dtype=torch.float32)
+    for rows in _row_blocks(n, k):
+        w = F.pad(weight[rows].float(), (0, groups * size - k)).unflatten(1, (groups, size))
+        s = _absmax_scale(w, fmt) if scale == "absmax" else _mse_scale(w, fmt)
+        codes[rows] = fmt.encode(w / s).view(w.shape[0], -1)[:, :k]
+        scales[:, rows] = s[..., 0].T
+    return codes, scales
+
+
+def dequantize(codes: Tensor, scale: Tensor, fmt: Format, group_size: int | None, dtype: torch.dtype) -> Tensor:
+    """The weight [N, K] in `dtype` that codes [N, K] and scale [G, N] stand for: float32 products, rounded once."""
+    k = codes.shape[1]
+    per_weight = scale.T if scale.shape[0] <= 1 else scale.T.repeat_interleave(group_size or k, 1)[:, :k]
+    return (fmt.decode(codes) * per_weight).to(dtype)
+
+
+def _check(weight: Tensor, group_size: int | None, scale: str) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(
+            f"weight: got {weight.dtype} of shape {list(weight.shape)}, needs a floating-point matrix [N, K]"
+        )
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size: got {group_size}, needs a positive number or None")
+    if scale not in SCALES:
+        raise ValueError(f"scale: got {scale!r}, known scales are {list(SCALES)}")
+    bad = int((~weight.isfinite()).sum())
+    if bad:
+        raise ValueError(f"weight: {bad} of {weight.numel()} values are NaN or infinite")
+
+
+def _row_blocks(n: int, k: int) -> Iterator[slice]:
+    rows = max(1, _BLOCK // max(k, 1))
+    return (slice(i, i + rows) for i in range(0, n, rows))
+
+
+def _absmax_scale(w: Tensor, fmt: Format) -> Tensor:
+    """[rows, G, 1] from w [rows, G, size]; the clamp keeps every scale a normal number."""
+    amax = w.abs().amax(-1, keepdim=True)
+    tiny = torch.finfo(torch.float32).tiny
+    return (amax / fmt.max).clamp_(min=tiny).masked_fill_(amax == 0, 1.0)
+
+
+def _mse_scale(w: Tensor, fmt: Format) -> Tensor:
+    absmax = _absmax_scale(w, fmt)
+    best, least = absmax, torch.full_like(absmax, torch.inf)
+    for clip in _CLIPS:
+        s = absmax * clip
+        error = (fmt.decode(fmt.encode(w / s)) * s - w).square_().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, s, best), torch.minimum(error, least)
+    return best

@@ -1,0 +1,69 @@
+"""Layouts: exact inverses, every bit used once, the byte order that is documented."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fp6_compile.formats import FORMATS
+from fp6_compile.packing import BLOCK_K, LANES, LAYOUTS, PLANES, float_mask, layout_for, pack, rows_per_index, unpack
+
+SHAPES = [(1, 1), (16, 256), (17, 257), (48, 512), (5, 1023)]
+
+
+def _codes(n: int, k: int) -> torch.Tensor:
+    return torch.randint(0, 64, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(n * k))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_unpack_inverts_pack(n, k, fmt, layout):
+    codes = _codes(n, k)
+    w4, w2 = pack(codes, fmt, layout)
+    assert_close(unpack(w4, w2, fmt, layout, n, k), codes, rtol=0, atol=0)
+    assert w4.is_contiguous()
+    assert w2.is_contiguous()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_six_bits_a_weight(layout):
+    w4, w2 = pack(_codes(32, 512), FORMATS["e3m2"], layout)
+    assert (w4.nbytes, w2.nbytes) == (32 * 512 // 2, 32 * 512 // 4)
+    assert w4.shape[0] == w2.shape[0] == 32 // rows_per_index(layout)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != PLANES])
+def test_slabs_pack_inverts_unpack(layout):
+    """Any words are the packing of some codes: no bit of a word is unused, none is read twice."""
+    generator = torch.Generator().manual_seed(0)
+    w4 = torch.randint(-(2**15), 2**15, (2, 3, 2, 16, 32), dtype=torch.int16, generator=generator)
+    w2 = torch.randint(-(2**15), 2**15, (2, 3, 16, 32), dtype=torch.int16, generator=generator)
+    for fmt in FORMATS.values():
+        again = pack(unpack(w4, w2, fmt, layout, 32, 3 * BLOCK_K), fmt, layout)
+        assert_close(again, (w4, w2), rtol=0, atol=0)
+
+
+def test_planes_byte_order():
+    codes = torch.tensor([[0b01_0001, 0b10_0010, 0b11_0100, 0b00_1000]], dtype=torch.uint8)
+    w4, w2 = pack(codes, FORMATS["e3m2"], PLANES)
+    assert w4.tolist() == [[0x21, 0x84]]
+    assert w2.tolist() == [[0b00_11_10_01]]
+
+
+@pytest.mark.parametrize(("key", "table"), LANES.items(), ids=lambda v: str(v[0]) if isinstance(v, tuple) else "")
+def test_every_weight_has_four_bits_in_w4(key, table):
+    name, dtype = key
+    mask = float_mask(FORMATS[name], dtype)
+    for lane in table.lanes:
+        assert bin(lane.mask & mask).count("1") == 4
+
+
+def test_layout_for():
+    assert layout_for(torch.device("cpu"), torch.float16) == PLANES
+    assert layout_for(torch.device("cuda"), torch.bfloat16) == "slabs_bf16.v1"
+    assert layout_for(torch.device("cuda"), torch.float32) == "slabs_fp16.v1"
+
+
+def test_unknown_layout_is_named():
+    with pytest.raises(ValueError, match=r"layout: got 'planes\.v9', known layouts are \['planes\.v1'"):
+        pack(_codes(16, 256), FORMATS["e3m2"], "planes.v9")

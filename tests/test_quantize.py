@@ -1,0 +1,104 @@
+"""Scales and codes: error bounds, groups, zero rows, bad weights, and the signal-to-noise table of the design."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fp6_compile.formats import FORMATS
+from fp6_compile.quantize import dequantize, quantize
+
+E3M2 = FORMATS["e3m2"]
+
+
+def _sqnr(w: torch.Tensor, fmt: str, group_size: int | None, scale: str = "absmax") -> float:
+    codes, s = quantize(w, FORMATS[fmt], group_size, scale)
+    error = dequantize(codes, s, FORMATS[fmt], group_size, torch.float64) - w.double()
+    return float(10 * torch.log10(w.double().square().sum() / error.square().sum()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("group_size", [None, 32, 64, 7, 1000])
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_error_is_within_half_a_step(fmt, group_size, dtype):
+    """Nearest means: off by at most half the spacing at the top binade, which is scale * 2^(emax - m) / 2.
+
+    Slack: scale, quotient and product are each rounded to float32, 3 * 2^-24 of a value at most 2^(m + 2) half steps large.
+    """
+    w = torch.randn(33, 100, generator=torch.Generator().manual_seed(1)).to(dtype)
+    codes, scale = quantize(w, fmt, group_size)
+    assert codes.shape == (33, 100)
+    assert scale.shape == (-(-100 // (group_size or 100)), 33)
+    assert scale.dtype == torch.float32
+    half_step = fmt.max / (2 - 2.0**-fmt.mantissa_bits) * 2.0**-fmt.mantissa_bits / 2
+    bound = scale.T.repeat_interleave(group_size or 100, 1)[:, :100] * half_step
+    error = (dequantize(codes, scale, fmt, group_size, torch.float32) - w.float()).abs()
+    assert (error <= bound * (1 + 3 * 2**-24 * 2 ** (fmt.mantissa_bits + 2))).all()
+
+
+def test_absmax_lands_on_the_largest_code():
+    w = torch.tensor([[1.0, -3.5, 0.25]])
+    codes, scale = quantize(w, E3M2)
+    assert scale.item() == 3.5 / 28
+    assert codes[0, 1].item() == 0b1_111_11
+
+
+def test_rows_of_zeros():
+    w = torch.zeros(4, 64)
+    w[1] = 1.0
+    codes, scale = quantize(w, E3M2, 32)
+    assert_close(dequantize(codes, scale, E3M2, 32, torch.float32), w, rtol=0, atol=0)
+    assert (scale[:, 0] == 1).all()
+
+
+def test_smallest_and_largest_floats():
+    w = torch.tensor([[2.0**-149, 0.0], [torch.finfo(torch.float32).max, 1.0], [-65504.0, 1e-7]])
+    codes, scale = quantize(w, E3M2)
+    assert scale.isfinite().all()
+    assert dequantize(codes, scale, E3M2, None, torch.float32).isfinite().all()
+
+
+def test_strided_weight():
+    w = torch.randn(64, 48)
+    assert_close(quantize(w.T, E3M2), quantize(w.T.contiguous(), E3M2), rtol=0, atol=0)
+
+
+def test_empty_weight():
+    for shape in [(0, 64), (64, 0)]:
+        codes, scale = quantize(torch.empty(shape), E3M2)
+        assert dequantize(codes, scale, E3M2, None, torch.float32).shape == shape
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_refused(bad):
+    w = torch.ones(4, 8)
+    w[2, 3] = bad
+    with pytest.raises(ValueError, match="weight: 1 of 32 values are NaN or infinite"):
+        quantize(w, E3M2)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"weight": torch.ones(4)}, r"weight: got torch\.float32 of shape \[4\], needs a floating-point matrix"),
+        ({"weight": torch.ones(4, 4, dtype=torch.int8)}, r"weight: got torch\.int8 of shape \[4, 4\]"),
+        ({"group_size": 0}, "group_size: got 0, needs a positive number or None"),
+        ({"scale": "max"}, r"scale: got 'max', known scales are \['absmax', 'mse'\]"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(**{"weight": torch.ones(4, 4), "fmt": E3M2, **kwargs})
+
+
+def test_mse_scale_never_loses_to_absmax():
+    w = torch.distributions.StudentT(4.0).sample((64, 512))
+    for fmt in FORMATS:
+        assert _sqnr(w, fmt, 64, "mse") >= _sqnr(w, fmt, 64, "absmax")
+
+
+@pytest.mark.parametrize(("fmt", "row", "group"), [("e3m2", 25.6, 26.0), ("e2m3", 30.9, 31.8)], ids=["e3m2", "e2m3"])
+def test_sqnr_of_gaussian_weights(fmt, row, group):
+    """The design's table for a Gaussian, 256 x 4096: decibels per row and per group of 64."""
+    w = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))
+    assert _sqnr(w, fmt, None) == pytest.approx(row, abs=0.3)
+    assert _sqnr(w, fmt, 64) == pytest.approx(group, abs=0.3)
