@@ -1,0 +1,233 @@
+"""Which inputs of a Dynamo graph are weights of linears, which way round, and through which uses.
+
+A weight is followed from its placeholder through transposes to every operation that reads it. Each *direct* user is judged
+as a whole: if everything below it is a matmul with the weight in the weight's place, that user is a linear, and it is either
+of the `y = x @ W.T` kind (F.linear; W is [N, K]) or of the `y = x @ W` kind (Conv1D; W is [K, N]). Any other user, such as
+the embedding that shares its weight with the head, keeps the weight it had.
+
+This looks only at names, and only to find the weights worth packing. That the packed weight then gives the same result in
+whatever those names become is the business of `fp6::dequantize`, which stands in its place (see backend.py).
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
+
+from fp6_compile.config import Options
+from fp6_compile.kernels.config import supports
+
+_LINEAR = {F.linear, torch._C._nn.linear}
+_MATMUL = {operator.matmul, torch.matmul, torch.mm, "matmul", "mm", "__matmul__"}
+_ADDMM = {torch.addmm, "addmm"}
+_BATCHED = {torch.bmm, torch.baddbmm, torch._grouped_mm, "bmm", "baddbmm"}
+_TRANSPOSES = {"T", "mT", "H", "mH", "t", "adjoint", torch.t, torch.adjoint}
+_SWAPS = {"transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims}
+_PERMUTES = {"permute", torch.permute}
+# Views that may return the whole weight unchanged ...
+_CASTS = {"to", "type_as", "float", "half", "bfloat16", "contiguous", "detach", "data", "clone"}
+# ... and those that cut or bend it: followed only to tell a weight that is refused from an input that is no weight.
+_VIEWS = {
+    *(operator.getitem, "__getitem__", "view", "reshape", "flatten", "chunk", "split", "unbind", "narrow", "select"),
+    *("expand", "squeeze", "unsqueeze", "index_select", torch.chunk, torch.split, torch.unbind, torch.narrow),
+    *(torch.select, torch.squeeze, torch.unsqueeze, torch.reshape, torch.index_select),
+}
+_WRITES = {
+    *("setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("iand", "ior", "ixor", "ilshift", "irshift"),
+}
+
+
+@dataclass
+class Weight:
+    """A graph input that some matmul reads as its weight."""
+
+    placeholder: Node
+    # Direct users that are linears, by orientation: False for W [N, K], True for W [K, N].
+    users: dict[bool, list[Node]] = field(default_factory=lambda: {False: [], True: []})
+    # What else reads it, or what stands between it and a matmul.
+    others: list[str] = field(default_factory=list)
+    # The matmuls themselves, whose modules give the weight its name.
+    matmuls: list[Node] = field(default_factory=list)
+    mutated_by: str | None = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether any direct user is a linear."""
+        return any(self.users.values())
+
+
+def find_weight(placeholder: Node) -> Weight | None:
+    """What reads `placeholder` as a weight; None if no matmul does."""
+    weight = Weight(placeholder)
+    for user in placeholder.users:
+        kinds = _follow(user, placeholder, False, weight)
+        if len(kinds) == 1 and (kind := next(iter(kinds))) is not None:
+            weight.users[kind].append(user)
+        elif None in kinds:
+            weight.others.append(_label(user))
+    return weight if weight.matmuls else None
+
+
+def module_names(weight: Weight) -> list[str]:
+    """The names a `skip` glob is matched with, the one to report first: of the modules that multiply, of the parameter.
+
+    Names are relative to the module whose forward Dynamo is tracing; after a graph break that is a submodule.
+    """
+    parameter = _path(_source(weight.placeholder)) or weight.placeholder.name
+    modules = []
+    for node in weight.matmuls:
+        stack = list((node.meta.get("nn_module_stack") or {}).values())
+        name = _path(stack[-1][0]) if stack else ""
+        if parameter.endswith("weight") and name:
+            modules.append(name)
+    names = [*modules, parameter.removesuffix(".weight")]
+    return list(dict.fromkeys(names))
+
+
+def refusal(weight: Weight, value: Tensor, names: list[str], options: Options) -> tuple[str, bool] | None:
+    """Why the weight cannot be taken, and whether the user asked for just that, so that `strict` is content; or None."""
+    if glob := options.skips(names):
+        return f"skipped by {glob!r}", True
+    if not isinstance(value, torch.nn.Parameter):
+        return "not an nn.Parameter", True
+    if reason := _unfit(weight, value, options):
+        return reason, False
+    if min(value.shape) < options.min_features:
+        return f"fewer than {options.min_features} inputs or outputs (min_features)", True
+    return None
+
+
+def _unfit(weight: Weight, value: Tensor, options: Options) -> str | None:
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    checks = {
+        f"a {value.dim()}-D weight": value.dim() != 2,
+        f"a tensor subclass, {type(value).__name__}": is_traceable_wrapper_subclass(value),
+        f"{value.dtype} weight": value.dtype not in dtypes,
+        "float32 weight, and options={'float32': True} was not given": value.dtype == dtypes[2] and not options.float32,
+        f"changed in the graph by {weight.mutated_by}": weight.mutated_by is not None,
+        "requires grad while grad mode is on; use torch.no_grad() or requires_grad_(False)": value.requires_grad
+        and torch.is_grad_enabled(),
+        "made in inference mode, so that later changes could not be noticed": value.is_inference(),
+        f"on device {value.device.type!r}": value.device.type not in ("cpu", "cuda"),
+        f"multiplied only through {', '.join(weight.others)}": not weight.taken,
+        supports(options.group_size) or "": value.is_cuda and supports(options.group_size) is not None,
+    }
+    return next((reason for reason, holds in checks.items() if holds), None)
+
+
+def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bool | None]:
+    """The orientations of the matmuls at the end of `weight -> user -> ...`; None for any other end."""
+    if _writes(user, weight):
+        found.mutated_by = _label(user)
+        return {None}
+    flipped, kept = _is_transpose(user), _is_whole(user, weight)
+    if flipped or kept:
+        below = [_follow(next_user, user, transposed != flipped, found) for next_user in user.users]
+        return set().union(*below) or {None}
+    right_operand = _orientation(user, weight)
+    if right_operand is not None:
+        found.matmuls.append(user)
+        return {right_operand != transposed}
+    if _target(user) in _BATCHED:
+        found.matmuls.append(user)
+    if _target(user) in _VIEWS:
+        for next_user in user.users:
+            _follow(next_user, user, transposed, found)
+    return {None}
+
+
+def _orientation(user: Node, weight: Node) -> bool | None:
+    """False if `user` multiplies by `weight` as [N, K], True if as [K, N], None if it is not its weight."""
+    target, args = _target(user), _arguments(user)
+    if args.count(weight) != 1:
+        return None
+    if target is torch.einsum:
+        return _einsum_orientation(str(args[0]), args.index(weight) - 1, len(args) - 1)
+    if target in _LINEAR and args.index(weight) == 1:
+        return False
+    if target in _MATMUL and args.index(weight) == 1:
+        return True
+    if target in _ADDMM and args.index(weight) == 2 and not {"beta", "alpha"} & set(user.kwargs):
+        return True
+    return None
+
+
+def _einsum_orientation(equation: str, position: int, operands: int) -> bool | None:
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or operands != 2 or len(terms[position]) != 2:
+        return None
+    x, w = terms[1 - position], terms[position]
+    roles = ["n" if i in output and i not in x else "k" if i in x and i not in output else "?" for i in w]
+    return {"nk": False, "kn": True}.get("".join(roles))
+
+
+def _arguments(user: Node) -> list:
+    """Operands in the order of the schema, whether they were given by position, by name or, to einsum, in a list."""
+    args = [*user.args, *(v for k, v in user.kwargs.items() if k in ("input", "mat1", "other", "mat2", "weight"))]
+    if len(args) == 2 and isinstance(args[1], (list, tuple)):
+        return [args[0], *args[1]]
+    return args
+
+
+def _is_transpose(user: Node) -> bool:
+    target, dims = _target(user), user.args[1:]
+    if dims and isinstance(dims[0], (list, tuple)):
+        dims = tuple(dims[0])
+    parity = [d % 2 for d in dims if isinstance(d, int)]
+    return (
+        target in _TRANSPOSES
+        or (target in _SWAPS and sorted(parity) == [0, 1])
+        or (target in _PERMUTES and parity == [1, 0])
+    )
+
+
+def _is_whole(user: Node, weight: Node) -> bool:
+    """A cast or copy that leaves shape and dtype as they were, such as `weight.to(x.dtype)`."""
+    before, after = weight.meta.get("example_value"), user.meta.get("example_value")
+    if _target(user) not in _CASTS or not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    return (before.dtype, before.device, before.shape) == (after.dtype, after.device, after.shape)
+
+
+def _writes(user: Node, weight: Node) -> bool:
+    """Whether `user` changes `weight` in place: `add_`, `_foreach_mul_`, `weight[0] = ...`, `+=`, `out=weight`."""
+    name = _label(user)
+    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+    written = user.args[:1] if name in _WRITES or user.op == "call_method" else user.args
+    return (in_place and weight in tree_leaves(written)) or user.kwargs.get("out") is weight
+
+
+def _target(user: Node) -> object:
+    """The function, or the name of the method or of the attribute."""
+    if user.op == "call_function" and user.target is getattr:
+        return user.args[1]
+    return user.target
+
+
+def _label(user: Node) -> str:
+    target = _target(user)
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def _source(placeholder: Node) -> str:
+    """Where Dynamo found the input, as Python text: `L['self']._modules['fc']._parameters['weight']`."""
+    source = getattr(placeholder.meta.get("grapharg"), "source", None)
+    name = getattr(source, "name", "")
+    return name if isinstance(name, str) else name()  # a method before torch 2.12
+
+
+def _path(source: str) -> str:
+    """`model.layers.0.fc.weight` from a source's or a module stack's text."""
+    inner = re.sub(r"^[LG]\['\w+'\]", "", source)
+    inner = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", inner)
+    return re.sub(r"\[(?:'([^']+)'|(\d+))\]", lambda m: "." + (m[1] or m[2]), inner).strip(".")

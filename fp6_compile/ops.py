@@ -1,0 +1,150 @@
+"""The custom operators `fp6::mm` and `fp6::dequantize`: schemas, fake kernels, eager implementations, the gradient for x.
+
+Both read a packed weight [N, K]: planes `w4` and `w2` in the given `layout` (packing.py), `scale` [G, N] float32, the
+format's name, and `group_size` (None: one group, the row).
+
+    fp6::dequantize(w4, w2, scale, format, layout, group_size, k, dtype)  ->  [N, K] in dtype
+    fp6::mm(x, w4, w2, scale, format, layout, group_size)  ->  x @ dequantize(...).T, [*, K] -> [*, N] in x's dtype
+
+The graph starts with dequantize and an ordinary matmul; the pass makes them fp6::mm. So dequantize *is* the meaning of a
+packed weight, and mm may differ from it by the rounding of a float32 accumulation and nothing else.
+
+Eager mm dequantizes some rows at a time, so that a 16-bit copy of the whole weight never exists; where the layout is the
+GPU kernel's and the tensors are on a GPU, it is the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import SymInt, Tensor
+
+from fp6_compile.formats import get_format
+from fp6_compile.kernels.config import supports
+from fp6_compile.packing import inputs_held, layout_for, rows_per_index, unpack
+from fp6_compile.quantize import dequantize as _dequantize
+
+_lib = torch.library.Library("fp6", "DEF")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+_lib.define(
+    "dequantize(Tensor w4, Tensor w2, Tensor scale, str format, str layout, int? group_size, SymInt k, ScalarType dtype)"
+    " -> Tensor",
+    tags=_TAGS,
+)
+_lib.define(
+    "mm(Tensor x, Tensor w4, Tensor w2, Tensor scale, str format, str layout, int? group_size) -> Tensor", tags=_TAGS
+)
+
+# Dequantized at a time: 1 MiB of float16, which stays in a core's second-level cache.
+_BLOCK = 1 << 19
+
+
+def dequantize(
+    w4: Tensor,
+    w2: Tensor,
+    scale: Tensor,
+    format: str,
+    layout: str,
+    group_size: int | None,
+    k: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight [N, k] in `dtype`: code values times scale in float32, rounded once. Any device."""
+    _check(k, w4, scale, layout, group_size)
+    n = scale.shape[1]
+    fmt = get_format(format)
+    return _dequantize(unpack(w4, w2, fmt, layout, n, k), scale, fmt, group_size, dtype)
+
+
+def mm_by_rows(
+    x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, format: str, layout: str, group_size: int | None
+) -> Tensor:
+    """`x @ W.T` with x [*, K] -> [*, N], a block of rows of W at a time. Any device, layout, strides and group size."""
+    k, n = x.shape[-1], scale.shape[1]
+    out = x.new_empty(*x.shape[:-1], n)
+    for index, rows in _row_blocks(n, k, rows_per_index(layout)):
+        w = dequantize(w4[index], w2[index], scale[:, rows], format, layout, group_size, k, x.dtype)
+        out[..., rows] = F.linear(x, w)
+    return out
+
+
+def mm_on_gpu(
+    x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, format: str, layout: str, group_size: int | None
+) -> Tensor:
+    """`x @ W.T` by the Triton kernel, its tile chosen by M at run time; by rows where the kernel cannot."""
+    if not has_kernel(x.device, x.dtype, layout, group_size):
+        return mm_by_rows(x, w4, w2, scale, format, layout, group_size)
+    from fp6_compile.kernels import launch  # here, because it imports Triton
+
+    _check(x.shape[-1], w4, scale, layout, group_size)
+    out = launch.mm(x.reshape(-1, x.shape[-1]), w4, w2, scale, get_format(format), group_size)
+    return out.view(*x.shape[:-1], scale.shape[1])
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype, layout: str, group_size: int | None) -> bool:
+    """Whether the GPU kernel reads `layout` for activations of `dtype`; each layout holds the lanes of one compute dtype."""
+    return device.type == "cuda" and layout == layout_for(device, dtype) and supports(group_size) is None
+
+
+def _check(k: int | SymInt, w4: Tensor, scale: Tensor, layout: str, group_size: int | None) -> None:
+    stored = inputs_held(w4, layout)
+    torch._check(
+        -(-k // stored.granularity) * stored.granularity == stored.inputs,
+        lambda: f"fp6: x has {k} features, but the weight was packed with {stored.inputs} inputs, padding included",
+    )
+    groups = 1 if group_size is None else -(-k // group_size)
+    torch._check(
+        scale.shape[0] == groups,
+        lambda: f"fp6: scale has {scale.shape[0]} groups, {k} inputs in groups of {group_size} need {groups}",
+    )
+
+
+def _row_blocks(n: int, k: int, granularity: int) -> Iterator[tuple[slice, slice]]:
+    """(slice of the planes' leading dimension, slice of rows) that together cover n rows."""
+    step = max(1, _BLOCK // max(k, 1) // granularity)
+    for i in range(0, -(-n // granularity), step):
+        yield slice(i, i + step), slice(i * granularity, min((i + step) * granularity, n))
+
+
+_lib.impl("dequantize", dequantize, "CompositeExplicitAutograd")
+_lib.impl("mm", mm_by_rows, "CPU")
+_lib.impl("mm", mm_on_gpu, "CUDA")
+
+
+@torch.library.register_fake("fp6::dequantize", lib=_lib)
+def _(
+    w4: Tensor,
+    w2: Tensor,
+    scale: Tensor,
+    format: str,
+    layout: str,
+    group_size: int | None,
+    k: int | SymInt,
+    dtype: torch.dtype,
+) -> Tensor:
+    _check(k, w4, scale, layout, group_size)
+    return scale.new_empty(scale.shape[1], k, dtype=dtype)
+
+
+@torch.library.register_fake("fp6::mm", lib=_lib)
+def _(x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, format: str, layout: str, group_size: int | None) -> Tensor:
+    _check(x.shape[-1], w4, scale, layout, group_size)
+    return x.new_empty(*x.shape[:-1], scale.shape[1])
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    x, w4, w2, scale, *how = inputs
+    ctx.save_for_backward(w4, w2, scale)
+    ctx.how, ctx.k = how, x.shape[-1]  # type: ignore[attr-defined]
+
+
+def _grad_of_x(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    w4, w2, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+    format, layout, group_size = ctx.how  # type: ignore[attr-defined]
+    w = torch.ops.fp6.dequantize(w4, w2, scale, format, layout, group_size, ctx.k, grad.dtype)  # type: ignore[attr-defined]
+    return grad @ w, None, None, None, None, None, None
+
+
+torch.library.register_autograd("fp6::mm", _grad_of_x, setup_context=_save, lib=_lib)

@@ -1,0 +1,120 @@
+"""What was taken, what was left alone and why: for people, for logging and for tests.
+
+One `Report` per compiled graph. A model with graph breaks has several, and a new input shape may compile one more;
+`reports()` has them all since the last torch._dynamo.reset(), `last_report()` the newest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+log = logging.getLogger("fp6_compile")
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """One weight that matmuls of the graph read.
+
+    `shape` is [N, K], outputs by inputs. `reason` says why it was left alone, and is None when it was taken; `note` is what
+    else there is to know of one that was. Bytes are what a matmul reads for it, scales included.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes_before: int
+    bytes_after: int
+    reason: str | None = None
+    note: str | None = None
+
+    @property
+    def taken(self) -> bool:
+        """Whether the linear runs in six bits."""
+        return self.reason is None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The linears of one compiled graph."""
+
+    linears: tuple[LinearReport, ...]
+    format: str
+
+    @property
+    def taken(self) -> list[LinearReport]:
+        """The linears that run in six bits."""
+        return [linear for linear in self.linears if linear.taken]
+
+    @property
+    def refused(self) -> list[LinearReport]:
+        """The linears that stayed as they were."""
+        return [linear for linear in self.linears if not linear.taken]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all the linears' weights as they were."""
+        return sum(linear.bytes_before for linear in self.linears)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all the linears' weights as they are read now, the refused ones unchanged."""
+        return sum(linear.bytes_after for linear in self.linears)
+
+    def summary(self) -> str:
+        """One line: how many were taken, the commonest reason why others were not, bytes before and after."""
+        line = f"fp6: {len(self.taken)} of {len(self.linears)} linears in {self.format}"
+        reasons = Counter(linear.reason for linear in self.refused)
+        if reasons:
+            reason, count = reasons.most_common(1)[0]
+            line += f", {len(self.refused)} left alone ({count}: {reason})"
+        return f"{line}, weights {_size(self.bytes_before)} -> {_size(self.bytes_after)}"
+
+    def __str__(self) -> str:
+        width = max((len(linear.name) for linear in self.linears), default=0)
+        lines = [self.summary()]
+        for linear in self.linears:
+            shape = "x".join(map(str, linear.shape))
+            verdict = linear.reason or f"{_size(linear.bytes_before)} -> {_size(linear.bytes_after)}"
+            note = f" ({linear.note})" if linear.note else ""
+            mark = "fp6 " if linear.taken else "left"
+            lines.append(f"  {mark}  {linear.name:<{width}}  {shape:>13}  {verdict}{note}")
+        return "\n".join(lines)
+
+
+_reports: list[Report] = []
+
+
+def reports() -> list[Report]:
+    """The reports of all graphs compiled by this backend since the last torch._dynamo.reset(), oldest first."""
+    return list(_reports)
+
+
+def last_report() -> Report | None:
+    """The report of the newest graph; None if nothing has been compiled since the last torch._dynamo.reset()."""
+    return _reports[-1] if _reports else None
+
+
+def publish(report: Report) -> None:
+    """Keep and log a report. Says so louder when nothing at all was taken, because then the user got nothing."""
+    _reports.append(report)
+    log.info("%s", report.summary())
+    log.debug("%s", report)
+    if report.linears and not report.taken:
+        log.warning("%s", report.summary())
+
+
+def forget_reports() -> None:
+    """Forget all reports."""
+    _reports.clear()
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
