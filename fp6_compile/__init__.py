@@ -18,6 +18,7 @@ Triton nor Inductor.
 """
 
 from fp6_compile.report import LinearReport, Report, last_report, reports
+from fp6_compile.weights import refresh
 
-__all__ = ["LinearReport", "Report", "last_report", "reports"]
+__all__ = ["LinearReport", "Report", "last_report", "refresh", "reports"]
 __version__ = "0.1.0"

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
@@ -29,7 +28,7 @@ from fp6_compile.config import Options
 from fp6_compile.linears import Weight, find_weight, module_names, refusal
 from fp6_compile.packing import layout_for
 from fp6_compile.passes import FP6Pass
-from fp6_compile.report import LinearReport, Report, forget_reports, publish
+from fp6_compile.report import LinearReport, Report, count, forget_reports, publish
 from fp6_compile.weights import PackSpec, WeightInput, forget_weights, packed_weight
 
 
@@ -111,7 +110,7 @@ class _GraphBuilder:
         reason, excused = refused or (None, True)
         if self.options.strict and not excused:
             raise ValueError(f"fp6: strict: cannot take {names[0]}: {reason}")
-        counters["fp6"]["linears_refused" if reason else "linears_taken"] += 1
+        count("linears_refused" if reason else "linears_taken")
         shape = tuple(value.shape[::-1]) if weight.users[True] and not weight.users[False] else tuple(value.shape)
         self.linears.append(LinearReport(names[0], shape, value.dtype, value.nbytes, bytes_after, reason, note))
 

@@ -126,9 +126,9 @@ def _unfit(weight: Weight, value: Tensor, options: Options) -> str | None:
 
 def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bool | None]:
     """The orientations of the matmuls at the end of `weight -> user -> ...`; None for any other end."""
-    if _writes(user, weight):
+    writes = _writes(user, weight)
+    if writes:
         found.mutated_by = _label(user)
-        return {None}
     flipped, kept = _is_transpose(user), _is_whole(user, weight)
     if flipped or kept:
         below = [_follow(next_user, user, transposed != flipped, found) for next_user in user.users]
@@ -139,7 +139,7 @@ def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bo
         return {right_operand != transposed}
     if _target(user) in _BATCHED:
         found.matmuls.append(user)
-    if _target(user) in _VIEWS:
+    if writes or _target(user) in _VIEWS | _CASTS:
         for next_user in user.users:
             _follow(next_user, user, transposed, found)
     return {None}

@@ -117,7 +117,10 @@ class Held(NamedTuple):
 
 def inputs_held(w4: Tensor, layout: str) -> Held:
     """How many inputs a w4 of `layout` holds."""
-    return Held(2 * w4.shape[1], 4) if layout == PLANES else Held(BLOCK_K * w4.shape[1], BLOCK_K)
+    if layout == PLANES:
+        return Held(2 * w4.shape[1], 4)
+    _lane_dtype(layout)
+    return Held(BLOCK_K * w4.shape[1], BLOCK_K)
 
 
 def _lane_dtype(layout: str) -> torch.dtype:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.pattern_matcher import (
     Arg,
@@ -31,6 +30,7 @@ from torch._inductor.pattern_matcher import (
 from torch.fx import Graph, Node
 
 from fp6_compile import ops
+from fp6_compile.report import count
 
 aten, fp6, prims = torch.ops.aten, torch.ops.fp6, torch.ops.prims
 
@@ -83,7 +83,7 @@ def _weight_is(name: str, rows_first: bool = False) -> Any:
 def _packed(node: Node) -> tuple[Any, ...]:
     """The arguments (w4, w2, scale, format, layout, group_size) that fp6::mm shares with fp6::dequantize."""
     dequantize, _ = presented_weight(node)  # type: ignore[misc]
-    counters["fp6"]["mm"] += 1
+    count("mm")
     return dequantize.args[:6]
 
 
@@ -119,9 +119,9 @@ def _addmm(match: Match, bias: Node, x: Node, w: Node) -> None:
     match.replace_by_example(_fp6_mm_bias, [bias, x, *_packed(w)])
 
 
-@register_graph_pattern(CallFunction(fp6.dequantize.default, *[Arg()] * 8), pass_dict=_leftovers)
+@register_graph_pattern(CallFunction(fp6.dequantize.default, *[Arg() for _ in range(8)]), pass_dict=_leftovers)
 def _leftover(match: Match, *args: Any) -> None:
-    counters["fp6"]["decomposed"] += 1
+    count("decomposed")
     match.replace_by_example(ops.dequantize, args)
 
 

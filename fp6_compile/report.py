@@ -107,6 +107,13 @@ def publish(report: Report) -> None:
         log.warning("%s", report.summary())
 
 
+def count(event: str) -> None:
+    """Add one to torch._dynamo.utils.counters["fp6"][event]."""
+    from torch._dynamo.utils import counters  # here, because it imports Triton and Inductor
+
+    counters["fp6"][event] += 1
+
+
 def forget_reports() -> None:
     """Forget all reports."""
     _reports.clear()

@@ -4,6 +4,9 @@ The parameter stays the user's own, and they may change it after compilation: `c
 `p.data = ...`, `module.weight = nn.Parameter(...)`. None of that fails a Dynamo guard, so every call asks each packed weight
 whether it still belongs to what it was made from: the same tensor, the same storage, the same version. If not, the new
 values are quantized into the same buffers, so that addresses that CUDA graphs have recorded stay good.
+
+One kind of change leaves no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the `p.data += delta`
+of some LoRA merges (autograd's own check misses it too). For that there is `refresh(model)`.
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fp6_compile.formats import get_format
 from fp6_compile.packing import pack
 from fp6_compile.quantize import quantize
+from fp6_compile.report import count
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class PackedWeight:
         with torch.inference_mode(False):  # Inference tensors could not be refreshed outside inference mode.
             self.tensors = self._quantized(parameter)
         self._remember(parameter)
-        counters["fp6"]["weights_packed"] += 1
+        count("weights_packed")
 
     def refresh(self, parameter: Tensor) -> None:
         """Quantize `parameter` into the same tensors. If it is refused (NaN), they are left as they were."""
@@ -51,7 +54,7 @@ class PackedWeight:
             for mine, new in zip(self.tensors, self._quantized(parameter), strict=True):
                 mine.copy_(new)
         self._remember(parameter)
-        counters["fp6"]["weights_refreshed"] += 1
+        count("weights_refreshed")
 
     def is_fresh(self, parameter: Tensor) -> bool:
         """Whether the tensors hold the present values of `parameter`. Runs for every weight of every call: keep it small."""
@@ -65,6 +68,10 @@ class PackedWeight:
     def belongs_to(self, parameter: Tensor) -> bool:
         """Whether it was made from this very parameter, fresh or not."""
         return self._id == id(parameter)
+
+    def invalidate(self) -> None:
+        """Make `is_fresh` false until the next refresh."""
+        self._version = -1
 
     @property
     def is_orphan(self) -> bool:
@@ -129,6 +136,13 @@ class WeightInput:
             self.packed = packed = packed_weight(parameter, packed.spec, packed.name)
         if not packed.is_fresh(parameter):
             packed.refresh(parameter)
+
+
+def refresh(model: torch.nn.Module) -> None:
+    """Quantize the weights of `model` anew at their next use; only needed after writing in place through `.data`."""
+    for parameter in model.parameters():
+        for packed in _packed.get(parameter, {}).values():
+            packed.invalidate()
 
 
 def forget_weights() -> None:

@@ -1,0 +1,105 @@
+"""What several test files share: graphs as short text, compilation that stops before code generation, small models."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import Graph, Node
+from torch.utils._dtype_abbrs import dtype_abbrs
+
+from fp6_compile import backend, passes
+from fp6_compile.formats import FORMATS
+from fp6_compile.quantize import dequantize, quantize
+
+
+def show(graph: Graph) -> str:
+    """One line per node, with dtype and shape, and names that do not depend on the torch version."""
+    names: dict[Node, str] = {}
+    lines = []
+    for node in graph.nodes:
+        if node.op == "output":
+            results = [names.get(arg, "None") for arg in torch.utils._pytree.tree_leaves(node.args)]
+            lines.append(f"return {', '.join(results)}")
+            continue
+        label = "in" if node.op == "placeholder" else getattr(node.target, "__name__", "constant").split(".")[0]
+        names[node] = f"{label}{sum(name.startswith(label) for name in names.values())}"
+        args = ", ".join(_argument(arg, names) for arg in (*node.args, *node.kwargs.values()))
+        call = "" if node.op == "placeholder" else f" = {str(node.target).removesuffix('.default')}({args})"
+        lines.append(f"{names[node]}: {_kind(node.meta['val'])}{call}")
+    return "\n".join(lines) + "\n"
+
+
+def _argument(arg: object, names: dict[Node, str]) -> str:
+    return names[arg] if isinstance(arg, Node) else str(arg)
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{dtype_abbrs[value.dtype]}[{', '.join(map(str, value.shape))}]"
+
+
+class Captured:
+    """The graphs that went through the pass: text before, text and graph after."""
+
+    def __init__(self) -> None:
+        self.before: list[str] = []
+        self.after: list[str] = []
+        self.graphs: list[Graph] = []
+
+    def targets(self, position: int = -1) -> list[str]:
+        """The operators of a graph after the pass, views left out."""
+        views = ("permute", "view", "reshape", "unsqueeze", "squeeze", "expand", "_unsafe_view")
+        calls = [str(node.target) for node in self.graphs[position].nodes if node.op == "call_function"]
+        return [call.removesuffix(".default") for call in calls if not any(f".{view}" in call for view in views)]
+
+
+@contextlib.contextmanager
+def without_codegen() -> Iterator[Captured]:
+    """Everything up to the pass is real; the graph after it is interpreted instead of compiled, which saves minutes."""
+    captured = Captured()
+    original = passes.FP6Pass.__call__
+
+    def spy(self: passes.FP6Pass, graph: Graph) -> None:
+        captured.before.append(show(graph))
+        original(self, graph)
+        captured.after.append(show(graph))
+        captured.graphs.append(graph)
+
+    def interpret(gm: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return make_boxed_func(gm.forward)
+
+    with (
+        mock.patch.object(passes.FP6Pass, "__call__", spy),
+        mock.patch.object(backend, "compile_fx", functools.partial(compile_fx, inner_compile=interpret)),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
+        yield captured
+
+
+def dequantized_(model: nn.Module, names: list[str], fmt: str = "e3m2", group_size: int | None = None) -> nn.Module:
+    """The same model with the named parameters replaced by what their six bits stand for: the reference for outputs.
+
+    A name that ends in "^T" is a parameter [K, N], as Conv1D's.
+    """
+    for name in names:
+        parameter = model.get_parameter(name.removesuffix("^T"))
+        w = parameter.detach().T if name.endswith("^T") else parameter.detach()
+        value = dequantize(*quantize(w, FORMATS[fmt], group_size), FORMATS[fmt], group_size, w.dtype)
+        with torch.no_grad():
+            parameter.copy_(value.T if name.endswith("^T") else value)
+    return model
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, roundings: int = 4) -> None:
+    """Equal but for some roundings to the compute dtype, of the largest value around: the two sum in different orders."""
+    atol = roundings * torch.finfo(expected.dtype).eps * float(expected.detach().abs().max())
+    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)

@@ -1,0 +1,133 @@
+"""The GPU path end to end without a GPU: the module Inductor generates for backend="fp6", read and run.
+
+The text is FileChecked; the same text runs through Triton's interpreter, and its numbers are held against float64.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.testing import FileCheck
+
+from fp6_compile.formats import FORMATS
+from fp6_compile.quantize import dequantize, quantize
+from tests.deviceless.codegen import generate_modules
+from tests.deviceless.interpret import run_interpreted_all
+
+DIM, HIDDEN = 256, 384
+
+
+class SwiGLU(nn.Module):
+    """x + down(silu(gate(x)) * up(x)), the gate with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(DIM, HIDDEN)
+        self.up = nn.Linear(DIM, HIDDEN, bias=False)
+        self.down = nn.Linear(HIDDEN, DIM, bias=False)
+
+    def forward(self, x):
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def _reference(model, x, fmt="e3m2", group_size=None):
+    """In float64, with what the six bits stand for."""
+    w = [
+        dequantize(*quantize(layer.weight, FORMATS[fmt], group_size), FORMATS[fmt], group_size, torch.float64)
+        for layer in (model.gate, model.up, model.down)
+    ]
+    x = x.double()
+    hidden = F.silu(x @ w[0].T + model.gate.bias.double()) * (x @ w[1].T)
+    return x + hidden @ w[2].T
+
+
+def _check(actual, expected, dtype):
+    """Three intermediate results and the output are rounded to dtype: gate, hidden (twice), down, sum.
+
+    Each is off by at most eps / 2 of its own size, and enters the output with a weight of order one; sums are float32.
+    """
+    assert actual.dtype == dtype
+    bound = 3 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (actual.double() - expected).abs().max() <= bound
+
+
+def _interpret(modules):
+    """The modules' outputs. Inline PTX cannot be interpreted; its plain twin can (test_kernels_unpack.py: they agree)."""
+    asm, twin = "USE_ASM : tl.constexpr = True", "USE_ASM : tl.constexpr = False"
+    assert all(asm in module.code or "accumulate" not in module.code for module in modules)
+    return run_interpreted_all([(module.code.replace(asm, twin), module.inputs) for module in modules])
+
+
+CASES = [
+    (torch.float16, "e3m2", None, 1),
+    (torch.float16, "e2m3", 64, 4),
+    (torch.bfloat16, "e3m2", 128, 13),
+    (torch.bfloat16, "e2m3", None, 40),
+]
+
+
+def test_swiglu_block():
+    """One launch a linear: bias, SiLU, product and residual are in the stores of the template kernels."""
+    modules, expected = [], []
+    for dtype, fmt, group_size, m in CASES:
+        model, x = SwiGLU().to(dtype).requires_grad_(False), torch.randn(m, DIM).to(dtype)
+        options = {"format": fmt, "group_size": group_size, "strict": True}
+        (module,) = generate_modules(model, [x], backend="fp6", dynamic=False, options=options)
+        modules.append(module)
+        expected.append(_reference(model, x, fmt, group_size))
+        assert len(module.kernels) == 3, module.code
+        assert module.code.count(".run(") == 3, module.code
+        assert all("accumulate(" in text for text in module.kernels.values()), module.code
+        assert "extern_kernels" not in module.code.split("async_compile.wait")[1]
+        gate, up, down = module.kernels.values()
+        FileCheck().check("from fp6_compile.kernels.mm import accumulate").check("acc = accumulate(").run(gate)
+        FileCheck().check("acc = accumulate(").check("exp(").check("tl.store(out_ptr").run(up)  # bias, SiLU, product
+        FileCheck().check("acc = accumulate(").check("tl.load(in_ptr").check("tl.store(out_ptr").run(down)  # residual
+    for (dtype, *_), (actual,), reference in zip(CASES, _interpret(modules), expected, strict=True):
+        _check(actual, reference, dtype)
+
+
+def test_no_copy_of_the_weight():
+    """No buffer of the module is as large as a weight, and none of the weights is an input."""
+    model, x = SwiGLU().half().requires_grad_(False), torch.randn(1, DIM).half()
+    (module,) = generate_modules(model, [x], backend="fp6", dynamic=False)
+    floats = [tensor for tensor in module.inputs if tensor.dtype == torch.float16]
+    assert max(tensor.numel() for tensor in floats) == HIDDEN  # the bias
+    assert f"{HIDDEN}, {DIM}" not in module.code.split("def call(")[1].split("return")[0].replace("16, 32", "")
+
+
+def test_symbolic_batch_is_left_to_the_launcher():
+    """One module for every batch; the size stays a symbol, and no tile is frozen by the first shape."""
+    model = SwiGLU().half().requires_grad_(False)
+    batches = [torch.randn(m, DIM).half() for m in (5, 3, 70)]
+    modules = generate_modules(model, *([x] for x in batches), backend="fp6", dynamic=True)
+    assert len(modules) == 1, [module.code for module in modules]
+    FileCheck().check_count("torch.ops.fp6.mm.default(", 3, exactly=True).run(modules[0].code)
+    assert "accumulate" not in modules[0].code
+
+
+class EverySecond(nn.Linear):
+    """A linear of every second feature: its input has a stride of two along K."""
+
+    def forward(self, x):
+        return super().forward(x[..., ::2])
+
+
+@pytest.mark.parametrize("shape", [(DIM,), (0, DIM), (2, 3, DIM), (3, 2 * DIM)], ids=["vector", "empty", "3-D", "strided"])
+def test_shapes(shape):
+    model = (nn.Linear if shape[-1] == DIM else EverySecond)(DIM, HIDDEN).half().requires_grad_(False)
+    x = torch.randn(shape).half()
+    (module,) = generate_modules(model, [x], backend="fp6", dynamic=False)
+    ((actual,),) = _interpret([module])
+    weight = dequantize(*quantize(model.weight, FORMATS["e3m2"]), FORMATS["e3m2"], None, torch.float64)
+    inputs = x if shape[-1] == DIM else x[..., ::2]
+    expected = inputs.double() @ weight.T + model.bias.double()
+    assert actual.shape == expected.shape
+    if expected.numel():
+        _check(actual, expected, torch.float16)
+
+
+def test_group_size_that_the_kernel_cannot_take_is_refused():
+    model, x = nn.Linear(DIM, HIDDEN).half().requires_grad_(False), torch.randn(2, DIM).half()
+    with pytest.raises(Exception, match="group_size: got 48, the GPU kernel needs a multiple of 32 or None"):
+        generate_modules(model, [x], backend="fp6", options={"group_size": 48, "strict": True})
