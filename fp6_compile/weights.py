@@ -5,8 +5,8 @@ The parameter stays the user's own, and they may change it after compilation: `c
 whether it still belongs to what it was made from: the same tensor, the same storage, the same version. If not, the new
 values are quantized into the same buffers, so that addresses that CUDA graphs have recorded stay good.
 
-One kind of change leaves no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the `p.data += delta`
-of some LoRA merges (autograd's own check misses it too). For that there is `refresh(model)`.
+One kind of change leaves no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the
+`p.data += delta` of some LoRA merges (autograd's own check misses it too). For that there is `refresh(model)`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ import json, sys, torch, fp6_compile.backend
 from torch._dynamo.utils import counters
 
 torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(256, 128), torch.nn.ReLU(), torch.nn.Linear(128, 256)).half().requires_grad_(False)
+layers = torch.nn.Linear(256, 128), torch.nn.ReLU(), torch.nn.Linear(128, 256)
+model = torch.nn.Sequential(*layers).half().requires_grad_(False)
 # By function, not by name: the entry point would find the installed package instead of the copy under test.
 out = torch.compile(model, backend=fp6_compile.backend.fp6)(torch.randn(3, 256).half())
 wanted = ("autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass")
@@ -41,7 +42,9 @@ def _run(root: Path, cache: Path) -> dict:
 @pytest.fixture
 def copy(tmp_path):
     """A copy of the package, whose files a test may edit."""
-    shutil.copytree(Path(fp6_compile.__file__).parent, tmp_path / "fp6_compile", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(fp6_compile.__file__).parent, tmp_path / "fp6_compile", ignore=shutil.ignore_patterns("__pycache__")
+    )
     return tmp_path
 
 

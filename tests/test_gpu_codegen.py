@@ -113,7 +113,9 @@ class EverySecond(nn.Linear):
         return super().forward(x[..., ::2])
 
 
-@pytest.mark.parametrize("shape", [(DIM,), (0, DIM), (2, 3, DIM), (3, 2 * DIM)], ids=["vector", "empty", "3-D", "strided"])
+@pytest.mark.parametrize(
+    "shape", [(DIM,), (0, DIM), (2, 3, DIM), (3, 2 * DIM)], ids=["vector", "empty", "3-D", "strided"]
+)
 def test_shapes(shape):
     model = (nn.Linear if shape[-1] == DIM else EverySecond)(DIM, HIDDEN).half().requires_grad_(False)
     x = torch.randn(shape).half()

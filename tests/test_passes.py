@@ -249,6 +249,7 @@ def test_users_own_pass_is_kept(captured):
 @pytest.mark.parametrize("cut", [lambda w: w[:128], lambda w: w.view(128, 512), lambda w: w[:, ::2]])
 def test_views_that_are_not_the_weight(cut):
     """The strides tell a whole weight from a part or another shape of it, whatever the chain of views."""
+    from torch._inductor.virtualized import V
     from torch.fx.experimental.proxy_tensor import make_fx
 
     from fp6_compile.passes import FP6Pass
@@ -261,7 +262,9 @@ def test_views_that_are_not_the_weight(cut):
 
     x = torch.randn(3, cut(torch.empty(256, 256)).shape[1]).half()
     gm = make_fx(f, tracing_mode="fake")(x, *planes)
-    FP6Pass("")(gm.graph)
+    fake_mode = torch._guards.detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
+    with fake_mode, V.set_fake_mode(fake_mode):  # as compile_fx has them
+        FP6Pass("")(gm.graph)
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.fp6.mm.default)
     assert not gm.graph.find_nodes(op="call_function", target=torch.ops.fp6.dequantize.default)  # decomposed
     gm.recompile()

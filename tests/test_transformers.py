@@ -72,7 +72,10 @@ def test_every_eligible_linear_is_taken(name, captured):
     report = fp6_compile.last_report()
     assert (len(report.linears), len(report.taken)) == (linears, taken), str(report)
     assert counters["fp6"]["mm"] == taken
-    assert all(linear.reason in ("a 3-D weight", "fewer than 128 inputs or outputs (min_features)") for linear in report.refused)
+    assert all(
+        linear.reason in ("a 3-D weight", "fewer than 128 inputs or outputs (min_features)")
+        for linear in report.refused
+    )
     torch._dynamo.reset()
     _, eager_breaks = _run(torch.compile(model, backend="eager"), tokens)
     assert breaks == eager_breaks

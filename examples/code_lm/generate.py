@@ -52,6 +52,7 @@ def stream(
     """
     if temperature < 0:
         raise ValueError(f"temperature must not be negative, got {temperature}")
+    step = model if step is None else step
     weight = model.lm_head.weight
     generator = torch.Generator(weight.device).manual_seed(seed)
     tokens = torch.tensor([list(SEPARATOR + prompt)], device=weight.device)
@@ -64,7 +65,7 @@ def stream(
         yield int(token)
         # Counted on the device: a position that came from the host would be one more copy per byte.
         position = position + 1
-        logits = (step or model)(token, cache, position)
+        logits = step(token, cache, position)
 
 
 def main() -> None:

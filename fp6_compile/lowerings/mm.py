@@ -46,7 +46,7 @@ def lower_mm(x: Any, w4: Any, w2: Any, scale: Any, format: str, layout: str, gro
     if x.get_stride()[1] != 1:
         x = lower[aten.clone](x, memory_format=torch.contiguous_format)
     out = inductor.FixedLayout(x.get_device(), x.get_dtype(), [m, n])
-    config = config_for(int(m), int(n), int(k))
+    config = config_for(int(m), int(n), int(k), group_size, x.get_dtype())
     choices: list[Any] = []
     _template.maybe_append_choice(
         choices,

@@ -1,0 +1,88 @@
+"""The matrix kernel on the GPU: what test_kernels.py checks interpreted, and what only a device can show."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fp6_compile.formats import FORMATS
+from fp6_compile.kernels import launch
+from tests.test_kernels import (
+    BF16,
+    BUCKETS,
+    E2M3,
+    E3M2,
+    F16,
+    F32,
+    GEMM,
+    ONE_HOT,
+    activations,
+    check_codes,
+    check_gemm,
+    check_one_hot,
+    nan_around,
+    product,
+    show,
+)
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=show)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_codes(fmt, dtype):
+    """First of all: the subnormal FP16 weights that the tensor cores must not flush, and BF16's exact lift."""
+    check_codes(launch.mm, "cuda", fmt, dtype)
+
+
+@pytest.mark.parametrize(("m", "n", "k", "group", "fmt", "dtype"), ONE_HOT, ids=show)
+def test_one_hot(m, n, k, group, fmt, dtype):
+    check_one_hot(launch.mm, "cuda", m, n, k, group, fmt, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=show)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("m", BUCKETS)
+def test_integers_are_exact(m, fmt, dtype):
+    """x in -1, 0, 1: every partial sum is a multiple of 1/16 below 2^17, so float32 holds it in any order. A race between
+    unpacking and the tensor cores, which random data could hide in its tolerance, cannot hide here."""
+    n, k = 768, 4096
+    codes = torch.randint(0, 64, (n, k), dtype=torch.uint8)
+    x = torch.randint(-1, 2, (m, k)).to("cuda", dtype)
+    exact = x.cpu().double() @ fmt.decode(codes).double().T
+    for _ in range(20):
+        assert_close(product(launch.mm, x, codes, torch.ones(1, n), fmt, None), exact.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("m", "n", "k", "group", "fmt", "dtype"), GEMM, ids=show)
+def test_gemm(m, n, k, group, fmt, dtype):
+    check_gemm(launch.mm, activations(m, k, dtype, "cuda"), n, group, fmt)
+
+
+@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=show)
+@pytest.mark.parametrize("m", BUCKETS)
+def test_gemm_of_a_layer(m, dtype, group):
+    check_gemm(launch.mm, activations(m, 4096, dtype, "cuda"), 1536, group, E3M2)
+
+
+@pytest.mark.parametrize("group", [None, 32])
+def test_nothing_outside_x_is_used(group):
+    check_gemm(launch.mm, nan_around(activations(9, 257, F16, "cuda")), 40, group, E2M3)
+
+
+def test_more_than_two_to_the_31_elements():
+    """x past the reach of 32-bit offsets: its last row is read wrongly if any offset wraps."""
+    m, k = 2**18 + 3, 2**13
+    x = torch.zeros(m, k, dtype=F16, device="cuda")
+    x[-1] = 1
+    codes = torch.randint(0, 64, (16, k), dtype=torch.uint8)
+    out = product(launch.mm, x, codes, torch.full((1, 16), 2.0**-8), E3M2, None)
+    exact = E3M2.decode(codes).double().sum(1) * 2.0**-8
+    assert_close(out[-1], exact.to(F16), rtol=0, atol=0)
+    assert not out[:-1].any()
+
+
+def test_launches_on_the_device_of_x():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    check_gemm(launch.mm, activations(4, 256, F16, "cuda:1"), 32, None, E3M2)
