@@ -42,8 +42,19 @@ def _mixtral():
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(**LLAMA, num_local_experts=4))
 
 
+def _phi3():
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**LLAMA, **ids))
+
+
 # name: (model, its linears, how many of them are taken)
-MODELS = {"llama": (_llama, 15, 15), "gpt2": (_gpt2, 9, 9), "bert": (_bert, 13, 13), "mixtral": (_mixtral, 15, 9)}
+MODELS = {
+    "llama": (_llama, 15, 15),
+    "gpt2": (_gpt2, 9, 9),
+    "bert": (_bert, 13, 13),
+    "mixtral": (_mixtral, 15, 9),
+    "phi3": (_phi3, 9, 9),
+}
 
 
 def _run(function, tokens):
@@ -103,15 +114,17 @@ def _untie(model):
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
 
 
-def test_dynamic_batch_and_length(captured):
-    model = _llama().to(torch.float16).eval()
-    compiled = torch.compile(model, backend="fp6", dynamic=True)
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_dynamic_batch_and_length(name, captured):
+    """Phi-3's guards are the ones that fail if the packed inputs were to have symbolic sizes."""
+    make, _, taken = MODELS[name]
+    compiled = torch.compile(make().to(torch.float16).eval(), backend="fp6", dynamic=True)
     with torch.no_grad():
         compiled(torch.randint(0, VOCABULARY, (2, 8)))
         with torch._dynamo.config.patch(error_on_recompile=True):
             out = compiled(torch.randint(0, VOCABULARY, (3, 5))).logits
     assert out.shape == (3, 5, VOCABULARY)
-    assert counters["fp6"]["weights_packed"] == 15
+    assert counters["fp6"]["weights_packed"] == taken
 
 
 def test_static_cache_decode_does_not_recompile():

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -74,6 +75,35 @@ def test_change_is_noticed(change, captured):
     assert counters["fp6"] == {"linears_taken": 1, "weights_packed": 1, "weights_refreshed": 1, "mm": 1}
     compiled(x)
     assert counters["fp6"]["weights_refreshed"] == 1
+
+
+def test_new_storage_at_the_old_address_is_noticed(captured):
+    """Two `p.data = ...` between calls, as two LoRA merges make, can end where the first storage was."""
+    memory = np.random.default_rng(0).standard_normal((N, K)).astype(np.float16)
+    model, x = nn.Linear(K, N).half().requires_grad_(False), torch.randn(3, K).half()
+    model.weight.data = torch.from_numpy(memory)
+    compiled = torch.compile(model, backend="fp6")
+    compiled(x)
+    before = (model.weight.data_ptr(), model.weight._version)
+    model.weight.data = torch.zeros(N, K).half()
+    memory *= -2
+    model.weight.data = torch.from_numpy(memory)
+    assert (model.weight.data_ptr(), model.weight._version) == before
+    close(compiled(x), _reference(model, x))
+
+
+def test_new_parameter_on_the_old_storage_is_noticed(captured):
+    """Versions are counted by parameter: another one's may have the number that the old one's had."""
+    model, x = nn.Linear(K, N).half().requires_grad_(False), torch.randn(3, K).half()
+    model.weight.mul_(1)
+    compiled = torch.compile(model, backend="fp6")
+    compiled(x)
+    version = model.weight._version
+    model.weight = nn.Parameter(model.weight.data, requires_grad=False)
+    while model.weight._version < version:
+        model.weight.mul_(-2)
+    assert model.weight._version == version
+    close(compiled(x), _reference(model, x))
 
 
 def test_refresh_after_a_write_that_leaves_no_trace(captured):
