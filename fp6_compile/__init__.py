@@ -8,6 +8,7 @@
     linears    which inputs of a graph are weights, and why others are not
     weights    packed planes, once per parameter, never stale
     report     what was taken, what was left alone and why
+    graph      Dynamo's graph with packed weights
     passes     matmul of a dequantized weight => fp6::mm
     lowerings  fp6::mm => Inductor template, epilogue fused
     kernels    the Triton kernel

@@ -48,12 +48,13 @@ def _kind(value: object) -> str:
 
 
 class Captured:
-    """The graphs that went through the pass: text before, text and graph after."""
+    """The graphs that went through the pass: text before and after, graph after, inputs that CUDA graphs need not copy."""
 
     def __init__(self) -> None:
         self.before: list[str] = []
         self.after: list[str] = []
         self.graphs: list[Graph] = []
+        self.static_inputs: list[list[int]] = []
 
     def targets(self, position: int = -1) -> list[str]:
         """The operators of a graph after the pass, views left out."""
@@ -75,6 +76,7 @@ def without_codegen() -> Iterator[Captured]:
         captured.graphs.append(graph)
 
     def interpret(gm: torch.fx.GraphModule, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        captured.static_inputs.append(list(kwargs["static_input_idxs"]))
         return make_boxed_func(gm.forward)
 
     with (

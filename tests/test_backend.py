@@ -142,6 +142,15 @@ def test_decode_steps_do_not_recompile(captured):
     assert len(captured.graphs) == 1
 
 
+def test_packed_weights_are_static_inputs(captured):
+    """Of bias, x, w4, w2 and scale, only x is copied into a CUDA graph's memory on each replay."""
+    model, x = _model()
+    torch.compile(model, backend="fp6")(x)
+    inputs = [line.split(" ")[1] for line in captured.after[0].splitlines() if line.startswith("in")]
+    assert [i for i, kind in enumerate(inputs) if kind.startswith("f16[3")] == [1]
+    assert captured.static_inputs == [[0, 2, 3, 4]]
+
+
 def test_float16_and_bfloat16_and_autocast(captured):
     for dtype in (torch.float16, torch.bfloat16):
         model, x = nn.Linear(K, N).to(dtype).requires_grad_(False), torch.randn(3, K, dtype=dtype)

@@ -15,7 +15,7 @@ FLOORS = [
     {"packing", "quantize"},
     {"config", "kernels"},
     {"ops", "linears", "weights", "report"},
-    {"passes", "lowerings"},
+    {"graph", "passes", "lowerings"},
     {"backend"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
