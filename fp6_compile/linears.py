@@ -27,7 +27,8 @@ from fp6_compile.kernels.config import supports
 _LINEAR = {"linear"}
 _MATMUL = {"matmul", "mm", "__matmul__"}
 _ADDMM = {"addmm"}
-_BATCHED = {"bmm", "baddbmm", "_grouped_mm", "grouped_mm"}
+# Matmuls whose weight is not taken, or not in this place (`W @ x`, addmm with alpha): they are reported as refused.
+_OTHER_MATMULS = {*_MATMUL, *_ADDMM, "bmm", "baddbmm", "_grouped_mm", "grouped_mm"}
 # numpy_T, matrix_H and _get_data_attr are what torch 2.15 makes of `w.T`, `w.H` and `w.data`.
 _TRANSPOSES = {"T", "mT", "H", "mH", "t", "adjoint", "numpy_T", "matrix_H"}
 _SWAPS = {"transpose", "swapaxes", "swapdims"}
@@ -105,21 +106,25 @@ def refusal(weight: Weight, value: Tensor, names: list[str], options: Options) -
 
 
 def _unfit(weight: Weight, value: Tensor, options: Options) -> str | None:
-    dtypes = (torch.float16, torch.bfloat16, torch.float32)
-    checks = {
-        f"a {value.dim()}-D weight": value.dim() != 2,
-        f"a tensor subclass, {type(value).__name__}": is_traceable_wrapper_subclass(value),
-        f"{value.dtype} weight": value.dtype not in dtypes,
-        "float32 weight, and options={'float32': True} was not given": value.dtype == dtypes[2] and not options.float32,
-        f"changed in the graph by {weight.mutated_by}": weight.mutated_by is not None,
-        "requires grad while grad mode is on; use torch.no_grad() or requires_grad_(False)": value.requires_grad
-        and torch.is_grad_enabled(),
-        "made in inference mode, so that later changes could not be noticed": value.is_inference(),
-        f"on device {value.device.type!r}": value.device.type not in ("cpu", "cuda"),
-        f"multiplied only through {', '.join(weight.others)}": not weight.taken,
-        supports(options.group_size) or "": value.is_cuda and supports(options.group_size) is not None,
-    }
-    return next((reason for reason, holds in checks.items() if holds), None)
+    asked = (torch.float16, torch.bfloat16, *([torch.float32] if options.float32 else []))
+    no_kernel = supports(options.group_size) if value.is_cuda else None
+    # (whether it holds, what to say); the first that holds is the reason.
+    checks = [
+        (value.dim() != 2, f"a {value.dim()}-D weight"),
+        (is_traceable_wrapper_subclass(value), f"a tensor subclass, {type(value).__name__}"),
+        (value.dtype not in (*asked, torch.float32), f"{value.dtype} weight"),
+        (value.dtype not in asked, "float32 weight, and options={'float32': True} was not given"),
+        (weight.mutated_by is not None, f"changed in the graph by {weight.mutated_by}"),
+        (
+            value.requires_grad and torch.is_grad_enabled(),
+            "requires grad while grad mode is on; use torch.no_grad() or requires_grad_(False)",
+        ),
+        (value.is_inference(), "made in inference mode, so that later changes could not be noticed"),
+        (value.device.type not in ("cpu", "cuda"), f"on device {value.device.type!r}"),
+        (not weight.taken, f"multiplied only through {', '.join(weight.others)}"),
+        (no_kernel is not None, str(no_kernel)),
+    ]
+    return next((reason for holds, reason in checks if holds), None)
 
 
 def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bool | None]:
@@ -135,7 +140,7 @@ def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bo
     if right_operand is not None:
         found.matmuls.append(user)
         return {right_operand != transposed}
-    if _name(user) in _BATCHED:
+    if _name(user) in _OTHER_MATMULS:
         found.matmuls.append(user)
     if writes or _name(user) in _VIEWS | _CASTS:
         for next_user in user.users:

@@ -248,6 +248,21 @@ def test_refused_partial_use(captured):
     assert _refused(model, torch.randn(2, K).half(), captured) == "multiplied only through getitem"
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w: (w @ x.T).T,
+        lambda x, w: torch.addmm(x[:, :N], x, w.T, beta=0.5),
+        lambda x, w: torch.bmm(x[None], w.T[None])[0],
+    ],
+    ids=["left operand", "addmm with beta", "bmm"],
+)
+def test_refused_place(function, captured):
+    """Matmuls in which the weight is not where a linear has it."""
+    reason = _refused(Form(function).half(), torch.randn(2, K).half(), captured)
+    assert reason.startswith("multiplied only through ")
+
+
 def test_refused_buffer(captured):
     model = nn.Linear(K, N, bias=False).half()
     weight = model.weight.detach()
