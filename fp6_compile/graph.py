@@ -127,6 +127,8 @@ def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
 
 
 def _is_static(node: Node, value: Any) -> bool:
-    """Whether an input is part of the model rather than of the call."""
+    """Whether an input is part of the model rather than of the call, and can be a weight: a vector is none."""
     static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
-    return isinstance(value, torch.nn.Parameter) or (isinstance(value, Tensor) and static is not None)
+    return (
+        isinstance(value, Tensor) and value.dim() > 1 and (isinstance(value, torch.nn.Parameter) or static is not None)
+    )

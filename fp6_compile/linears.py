@@ -140,7 +140,7 @@ def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bo
     if right_operand is not None:
         found.matmuls.append(user)
         return {right_operand != transposed}
-    if _name(user) in _OTHER_MATMULS:
+    if _multiplies(user, weight):
         found.matmuls.append(user)
     if writes or _name(user) in _VIEWS | _CASTS:
         for next_user in user.users:
@@ -162,6 +162,12 @@ def _orientation(user: Node, weight: Node) -> bool | None:
     if name in _ADDMM and args.index(weight) == 2 and not {"beta", "alpha"} & set(user.kwargs):
         return True
     return None
+
+
+def _multiplies(user: Node, weight: Node) -> bool:
+    """Whether `weight` is an operand of a matmul that is not a linear of it; addmm's first argument is a bias."""
+    operands = _arguments(user)[1 if _name(user) in ("addmm", "baddbmm") else 0 :]
+    return _name(user) in _OTHER_MATMULS and weight in operands
 
 
 def _einsum_orientation(equation: str, position: int, operands: int) -> bool | None:
