@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._inductor.compile_fx import compile_fx
@@ -85,6 +86,19 @@ def without_codegen() -> Iterator[Captured]:
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
         yield captured
+
+
+class SwiGLU(nn.Module):
+    """x + down(silu(gate(x)) * up(x)), the gate with a bias: all that a store can be fused with."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(dim, hidden)
+        self.up = nn.Linear(dim, hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def dequantized_(model: nn.Module, names: list[str], fmt: str = "e3m2", group_size: int | None = None) -> nn.Module:

@@ -2,37 +2,22 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 from torch._dynamo.utils import counters
 
-from tests.support import close, dequantized_
+from tests.support import SwiGLU, close, dequantized_
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 DIM, HIDDEN = 512, 1408
 
 
-class SwiGLU(nn.Module):
-    """x + down(silu(gate(x)) * up(x))."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(DIM, HIDDEN)
-        self.up = nn.Linear(DIM, HIDDEN, bias=False)
-        self.down = nn.Linear(HIDDEN, DIM, bias=False)
-
-    def forward(self, x):
-        return x + self.down(F.silu(self.gate(x)) * self.up(x))
-
-
 def _model(dtype):
-    return SwiGLU().to(device=DEVICE, dtype=dtype).requires_grad_(False)
+    return SwiGLU(DIM, HIDDEN).to(device=DEVICE, dtype=dtype).requires_grad_(False)
 
 
 def _reference(model, x, fmt="e3m2", group_size=None):
     """The same model with dequantized weights, in float64."""
-    copy = SwiGLU().to(device=DEVICE, dtype=x.dtype).requires_grad_(False)
+    copy = SwiGLU(DIM, HIDDEN).to(device=DEVICE, dtype=x.dtype).requires_grad_(False)
     copy.load_state_dict(model.state_dict())
     dequantized_(copy, ["gate.weight", "up.weight", "down.weight"], fmt, group_size)
     return copy.double()(x.double()).to(x.dtype)

@@ -13,21 +13,9 @@ from fp6_compile.formats import FORMATS
 from fp6_compile.quantize import dequantize, quantize
 from tests.deviceless.codegen import generate_modules
 from tests.deviceless.interpret import run_interpreted_all
+from tests.support import SwiGLU
 
 DIM, HIDDEN = 256, 384
-
-
-class SwiGLU(nn.Module):
-    """x + down(silu(gate(x)) * up(x)), the gate with a bias."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = nn.Linear(DIM, HIDDEN)
-        self.up = nn.Linear(DIM, HIDDEN, bias=False)
-        self.down = nn.Linear(HIDDEN, DIM, bias=False)
-
-    def forward(self, x):
-        return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
 def _reference(model, x, fmt="e3m2", group_size=None):
@@ -70,7 +58,7 @@ def test_swiglu_block():
     """One launch a linear: bias, SiLU, product and residual are in the stores of the template kernels."""
     modules, expected = [], []
     for dtype, fmt, group_size, m in CASES:
-        model, x = SwiGLU().to(dtype).requires_grad_(False), torch.randn(m, DIM).to(dtype)
+        model, x = SwiGLU(DIM, HIDDEN).to(dtype).requires_grad_(False), torch.randn(m, DIM).to(dtype)
         options = {"format": fmt, "group_size": group_size, "strict": True}
         (module,) = generate_modules(model, [x], backend="fp6", dynamic=False, options=options)
         modules.append(module)
@@ -89,7 +77,7 @@ def test_swiglu_block():
 
 def test_no_copy_of_the_weight():
     """No buffer of the module is as large as a weight, and none of the weights is an input."""
-    model, x = SwiGLU().half().requires_grad_(False), torch.randn(1, DIM).half()
+    model, x = SwiGLU(DIM, HIDDEN).half().requires_grad_(False), torch.randn(1, DIM).half()
     (module,) = generate_modules(model, [x], backend="fp6", dynamic=False)
     floats = [tensor for tensor in module.inputs if tensor.dtype == torch.float16]
     assert max(tensor.numel() for tensor in floats) == HIDDEN  # the bias
@@ -98,7 +86,7 @@ def test_no_copy_of_the_weight():
 
 def test_symbolic_batch_is_left_to_the_launcher():
     """One module for every batch; the size stays a symbol, and no tile is frozen by the first shape."""
-    model = SwiGLU().half().requires_grad_(False)
+    model = SwiGLU(DIM, HIDDEN).half().requires_grad_(False)
     batches = [torch.randn(m, DIM).half() for m in (5, 3, 70)]
     modules = generate_modules(model, *([x] for x in batches), backend="fp6", dynamic=True)
     assert len(modules) == 1, [module.code for module in modules]
