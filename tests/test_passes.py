@@ -73,7 +73,7 @@ in1: f16[4, 256]
 in2: u8[128, 128]
 in3: u8[128, 64]
 in4: f32[1, 128]
-dequantize0: f16[128, 256] = fp6.dequantize(in2, in3, in4, e3m2, planes.v1, None, 256, torch.float16)
+dequantize0: f16[128, 256] = fp6.dequantize(in2, in3, in4, e3m2, cpu.v1, None, 256, torch.float16)
 permute0: f16[256, 128] = aten.permute(dequantize0, [1, 0])
 addmm0: f16[4, 128] = aten.addmm(in0, in1, permute0)
 return addmm0
@@ -87,7 +87,7 @@ in1: f16[4, 256]
 in2: u8[128, 128]
 in3: u8[128, 64]
 in4: f32[1, 128]
-mm0: f16[4, 128] = fp6.mm(in1, in2, in3, in4, e3m2, planes.v1, None)
+mm0: f16[4, 128] = fp6.mm(in1, in2, in3, in4, e3m2, cpu.v1, None)
 add0: f16[4, 128] = aten.add.Tensor(mm0, in0)
 return add0
 """,
@@ -102,7 +102,7 @@ in0: f16[4, 256]
 in1: u8[128, 128]
 in2: u8[128, 64]
 in3: f32[4, 128]
-mm0: f16[4, 128] = fp6.mm(in0, in1, in2, in3, e2m3, planes.v1, 64)
+mm0: f16[4, 128] = fp6.mm(in0, in1, in2, in3, e2m3, cpu.v1, 64)
 return mm0
 """,
         )
@@ -122,9 +122,9 @@ in6: f32[1, 128]
 in7: u8[128, 128]
 in8: u8[128, 64]
 in9: f32[1, 128]
-mm0: f16[4, 256] = fp6.mm(in0, in1, in2, in3, e3m2, planes.v1, None)
-mm1: f16[4, 128] = fp6.mm(in0, in4, in5, in6, e3m2, planes.v1, None)
-mm2: f16[4, 128] = fp6.mm(in0, in7, in8, in9, e3m2, planes.v1, None)
+mm0: f16[4, 256] = fp6.mm(in0, in1, in2, in3, e3m2, cpu.v1, None)
+mm1: f16[4, 128] = fp6.mm(in0, in4, in5, in6, e3m2, cpu.v1, None)
+mm2: f16[4, 128] = fp6.mm(in0, in7, in8, in9, e3m2, cpu.v1, None)
 return mm0, mm1, mm2
 """,
         )
@@ -140,7 +140,7 @@ in2: u8[512, 128]
 in3: u8[512, 64]
 in4: f32[1, 512]
 embedding0: f16[3, 256] = aten.embedding(in0, in1)
-mm0: f16[3, 512] = fp6.mm(embedding0, in2, in3, in4, e3m2, planes.v1, None)
+mm0: f16[3, 512] = fp6.mm(embedding0, in2, in3, in4, e3m2, cpu.v1, None)
 return mm0
 """,
         )
@@ -155,7 +155,7 @@ in1: f16[4, 256]
 in2: u8[128, 128]
 in3: u8[128, 64]
 in4: f32[1, 128]
-dequantize0: f16[128, 256] = fp6.dequantize(in2, in3, in4, e3m2, planes.v1, None, 256, torch.float16)
+dequantize0: f16[128, 256] = fp6.dequantize(in2, in3, in4, e3m2, cpu.v1, None, 256, torch.float16)
 permute0: f16[256, 128] = aten.permute(dequantize0, [1, 0])
 addmm0: f16[4, 128] = aten.addmm(in0, in1, permute0)
 return addmm0
@@ -169,7 +169,7 @@ in1: f16[4, 256]
 in2: u8[128, 128]
 in3: u8[128, 64]
 in4: f32[1, 128]
-mm0: f16[4, 128] = fp6.mm(in1, in2, in3, in4, e3m2, planes.v1, None)
+mm0: f16[4, 128] = fp6.mm(in1, in2, in3, in4, e3m2, cpu.v1, None)
 add0: f16[4, 128] = aten.add.Tensor(mm0, in0)
 return add0
 """,
@@ -186,7 +186,7 @@ in2: u8[128, 128]
 in3: u8[128, 64]
 in4: f32[1, 128]
 view0: f16[6, 256] = aten.view(in1, [6, 256])
-mm0: f16[6, 128] = fp6.mm(view0, in2, in3, in4, e3m2, planes.v1, None)
+mm0: f16[6, 128] = fp6.mm(view0, in2, in3, in4, e3m2, cpu.v1, None)
 add0: f16[6, 128] = aten.add.Tensor(mm0, in0)
 view1: f16[2, 3, 128] = aten.view(add0, [2, 3, 128])
 return view1
@@ -206,7 +206,7 @@ in4: u8[128, 64]
 in5: f32[1, 128]
 permute0: f16[256, 256] = aten.permute(in0, [1, 0])
 mm0: f16[4, 256] = aten.mm(in1, permute0)
-mm1: f16[4, 128] = fp6.mm(in1, in3, in4, in5, e3m2, planes.v1, None)
+mm1: f16[4, 128] = fp6.mm(in1, in3, in4, in5, e3m2, cpu.v1, None)
 permute1: f16[256, 128] = aten.permute(in2, [1, 0])
 mm2: f16[4, 128] = aten.mm(in1, permute1)
 return mm0, mm1, mm2
@@ -257,7 +257,7 @@ def test_views_that_are_not_the_weight(cut):
     planes = [torch.zeros(256, 128, dtype=torch.uint8), torch.zeros(256, 64, dtype=torch.uint8), torch.ones(1, 256)]
 
     def f(x, *planes):
-        w = torch.ops.fp6.dequantize(*planes, "e3m2", "planes.v1", None, 256, torch.float16)
+        w = torch.ops.fp6.dequantize(*planes, "e3m2", "cpu.v1", None, 256, torch.float16)
         return x @ cut(w).t()
 
     x = torch.randn(3, cut(torch.empty(256, 256)).shape[1]).half()

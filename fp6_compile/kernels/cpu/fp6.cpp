@@ -22,6 +22,8 @@ namespace {
 using namespace fp6;
 
 constexpr int64_t kWorthAThread = 1 << 15;  // weights, or activations to prepare
+constexpr int64_t kMostRows = 256;
+constexpr int64_t kSums = 1 << 17;  // floats: 512 KiB
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
@@ -51,8 +53,8 @@ float float_of(uint32_t bits) {
 // Round to nearest, ties to even; NaN stays NaN.
 uint16_t bf16_of(float f) {
   const uint32_t bits = bits_of(f);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  const uint32_t rounded = bits + 0x7FFF + (bits >> 16 & 1);
+  return static_cast<uint16_t>((f != f ? bits | 0x400000 : rounded) >> 16);
 }
 
 // A float is the exact sum of three BF16, of a FP16's value two: each takes the upper eight significant bits of what is left.
@@ -97,13 +99,16 @@ void prepare_bf16(const Activations& a, int64_t m, int64_t padded, uint16_t* out
   }
 }
 
-// 16 rows of BF16 as AMX operands [k / 32][16 pairs][16 m][2]; rows past the last are zeros.
-void prepare_tiles(const uint16_t* rows, int64_t m, int64_t block, int64_t padded, uint16_t* out) {
-  auto* to = reinterpret_cast<uint32_t*>(out + block * 16 * padded);
-  const int64_t pairs = padded / 2;
-  for (int64_t i = 0; i < 16; i++) {
-    const auto* from = reinterpret_cast<const uint32_t*>(rows + (block * 16 + i) * padded);
-    for (int64_t p = 0; p < pairs; p++) to[p * 16 + i] = block * 16 + i < m ? from[p] : 0;
+// 16 rows of BF16, or as many as there are, in Order::kTiles.
+void prepare_tiles(const uint16_t* rows, int64_t m, int64_t block, int64_t tiles, uint16_t* out) {
+  const int64_t count = m - block * 16 < 16 ? m - block * 16 : 16;
+  for (int64_t half = 0; half < 2 * tiles; half++) {
+    auto* to = reinterpret_cast<uint32_t*>(out + operand_at(m, tiles, half, block));
+    if (count < 16) std::memset(to, 0, 256 * sizeof(uint32_t));
+    for (int64_t i = 0; i < count; i++) {
+      const auto* from = reinterpret_cast<const uint32_t*>(rows + (block * 16 + i) * tiles * kTile + half * kHalf);
+      for (int64_t p = 0; p < 16; p++) to[p * 16 + i] = from[p];
+    }
   }
 }
 
@@ -122,35 +127,39 @@ Buffer<char> prepare(const Activations& a, int64_t tiles, Order order, int64_t* 
   });
   if (order != Order::kTiles) return out;
   const int64_t blocks = ceil_div(*rows, 16);
-  Buffer<char> operands = aligned<char>(blocks * 16 * padded * 2);
+  Buffer<char> operands = aligned<char>((blocks + 1) / 2 * 32 * padded * 2);
   at::parallel_for(0, blocks, 1 + grain / 16, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++)
-      prepare_tiles(reinterpret_cast<uint16_t*>(out.get()), *rows, block, padded, reinterpret_cast<uint16_t*>(operands.get()));
+      prepare_tiles(reinterpret_cast<uint16_t*>(out.get()), *rows, block, tiles, reinterpret_cast<uint16_t*>(operands.get()));
   });
   return operands;
 }
 
 struct Out {
-  void* out;  // [m, n], contiguous
+  void* out;
   bool bf16;
 
-  void put(int64_t i, float value) const {
-    if (bf16)
-      static_cast<uint16_t*>(out)[i] = bf16_of(value);
-    else
-      static_cast<float*>(out)[i] = value;
+  // Rounds values to out[at], out[at + 1], ...; a loop without branches, for the compiler to vectorize.
+  void put(int64_t at, const float* values, int64_t count) const {
+    if (bf16) {
+      auto* to = static_cast<uint16_t*>(out) + at;
+      for (int64_t i = 0; i < count; i++) to[i] = bf16_of(values[i]);
+    } else {
+      std::memcpy(static_cast<float*>(out) + at, values, count * sizeof(float));
+    }
   }
 };
 
-// Sums [rows, ld] of weights' rows from row0 on, rounded into out; the smallest of an activation's parts is added first.
-void write(const float* sums, int64_t ld, const Activations& a, int parts, const Weight& w, int64_t row0, int64_t rows,
-           const Out& out) {
-  for (int64_t m = 0; m < a.m; m++)
-    for (int64_t r = 0; r < rows; r++) {
-      float sum = sums[r * ld + m * parts + parts - 1];
-      for (int p = parts - 2; p >= 0; p--) sum += sums[r * ld + m * parts + p];
-      out.put(m * w.n + row0 + r, sum);
-    }
+// Sums [rows, ld] of weights' rows from row0 on, transposed into out [m, n]; the smallest part of an activation is added first.
+void write(const float* sums, int64_t ld, int64_t m, int parts, int64_t n, int64_t row0, int64_t rows, const Out& out) {
+  float line[kMostRows];
+  for (int64_t i = 0; i < m; i++) {
+    const float* from = sums + i * parts;
+    for (int64_t r = 0; r < rows; r++) line[r] = from[r * ld + parts - 1];
+    for (int p = parts - 2; p >= 0; p--)
+      for (int64_t r = 0; r < rows; r++) line[r] += from[r * ld + p];
+    out.put(i * n + row0, line, rows);
+  }
 }
 
 #ifdef FP6_X86
@@ -187,30 +196,33 @@ FP6_EXPORT int fp6_paths() {
   return paths;
 }
 
-// out [m, n] = x [m, k] times a packed weight, transposed. Contiguous; x and out are float, or BF16 if x_bf16.
+// out [m, n] = x [m, k] times a packed weight, transposed. Contiguous; x and out are float, or BF16 if bf16.
 FP6_EXPORT void fp6_mm(int path, const void* x, int bf16, int parts, int64_t m, int64_t k, const uint8_t* w4,
                        const uint8_t* w2, const float* scale, const float* values, int64_t n, int64_t group, void* out) {
   const Path& p = *kPaths[path];
   const int64_t tiles = ceil_div(k, kTile);
   const Weight w{w4, w2, scale, values, n, tiles, k, group > 0 && group < k ? group : tiles * kTile};
-  const Activations a{x, bf16 != 0, m, k, parts};
   const Out to{out, bf16 != 0};
   int64_t rows = 0;
-  const Buffer<char> prepared = prepare(a, tiles, p.order, &rows);
-  const int per_activation = static_cast<int>(rows / m);
-  const int64_t ld = ceil_div(rows, 16) * 16;
+  const Buffer<char> prepared = prepare({x, bf16 != 0, m, k, parts}, tiles, p.order, &rows);
+  const int parts_here = static_cast<int>(rows / m);
+  // Not a power of two: a column of sums must not fall into one set of the cache.
+  const int64_t ld = ceil_div(rows, 16) * 16 + 16;
+  // Weights' rows at a time: as many as keep the sums in the second-level cache, to read x as seldom as possible.
+  const int64_t fit = kSums / ld / kChunk * kChunk;
+  const int64_t chunk = rows <= 32 || fit < kChunk ? kChunk : fit < kMostRows ? fit : kMostRows, step = chunk / kRows;
   at::parallel_for(0, ceil_div(n, kRows), 1 + kWorthAThread / (kRows * k), [&](int64_t begin, int64_t end) {
-    const Buffer<float> sums = aligned<float>(kChunk * ld);
-    for (int64_t strip = begin; strip < end; strip += kChunk / kRows) {
-      const int64_t last = strip + kChunk / kRows < end ? strip + kChunk / kRows : end;
+    const Buffer<float> sums = aligned<float>(chunk * ld);
+    for (int64_t strip = begin; strip < end; strip += step) {
+      const int64_t last = strip + step < end ? strip + step : end;
       p.mm(w, prepared.get(), rows, strip, last, sums.get(), ld);
-      const int64_t row0 = strip * kRows, rows_here = (last * kRows < n ? last * kRows : n) - row0;
-      write(sums.get(), ld, a, per_activation, w, row0, rows_here, to);
+      const int64_t row0 = strip * kRows, stop = last * kRows < n ? last * kRows : n;
+      write(sums.get(), ld, m, parts_here, n, row0, stop - row0, to);
     }
   });
 }
 
-// Rows of the weight, in float or BF16: values times scale, rounded once. The strips given are those of w4 and w2.
+// Rows of a weight, in float or BF16: values times scale, rounded once. scale [groups, scale_ld] begins at the first row.
 FP6_EXPORT void fp6_dequantize(int path, const uint8_t* w4, const uint8_t* w2, const float* scale, int64_t scale_ld,
                                const float* values, int64_t n, int64_t k, int64_t group, void* out, int bf16) {
   const Path& p = *kPaths[path];
@@ -218,16 +230,20 @@ FP6_EXPORT void fp6_dequantize(int path, const uint8_t* w4, const uint8_t* w2, c
   const Out to{out, bf16 != 0};
   const int64_t size = group > 0 ? group : k;
   at::parallel_for(0, ceil_div(n, kRows), 1 + kWorthAThread / (kRows * k), [&](int64_t begin, int64_t end) {
-    float values_of_tile[kRows][kTile];
+    float tile_values[kRows][kTile];
     for (int64_t strip = begin; strip < end; strip++)
       for (int64_t tile = 0; tile < w.tiles; tile++) {
-        p.decode(w, strip, tile, values_of_tile[0]);
-        const int64_t k0 = tile * kTile, count = k - k0 < kTile ? k - k0 : kTile;
-        for (int64_t row = strip * kRows; row < n && row < (strip + 1) * kRows; row++)
-          for (int64_t i = 0; i < count; i++) {
-            const float s = scale[(k0 + i) / size * scale_ld + row];
-            to.put(row * k + k0 + i, values_of_tile[row % kRows][i] * s);
+        p.decode(w, strip, tile, tile_values[0]);
+        const int64_t k0 = tile * kTile, k1 = k0 + kTile < k ? k0 + kTile : k;
+        for (int64_t row = strip * kRows; row < n && row < (strip + 1) * kRows; row++) {
+          float* of_row = tile_values[row % kRows];
+          for (int64_t from = k0, end_of_group; from < k1; from = end_of_group) {
+            end_of_group = (from / size + 1) * size < k1 ? (from / size + 1) * size : k1;
+            const float s = scale[from / size * scale_ld + row];
+            for (int64_t i = from; i < end_of_group; i++) of_row[i - k0] *= s;
           }
+          to.put(row * k + k0, of_row, k1 - k0);
+        }
       }
   });
 }

@@ -41,8 +41,19 @@ struct Weight {
 enum class Order : int {
   kFloat,   // float [m][k]; every 32 inputs as 16 even ones, then 16 odd ones
   kBf16,    // bfloat16 [m][k]
-  kTiles,   // bfloat16 [m / 16][k / 32][16 pairs of inputs][16 m][2], as AMX multiplies
+  kTiles,   // bfloat16 operands of AMX [16 pairs of inputs][16 m][2], where operand_at says
 };
+
+constexpr int64_t kBlock = 4;             // tiles of inputs that AMX decodes at a time, where many activations read them
+constexpr int64_t kOperand = 16 * kHalf;  // values of an operand: 1 KiB
+
+// Where the operand of 32 inputs and 16 of m activations is, in values: what is read one after the other is contiguous,
+// [k / 256][m / 32][8 halves][2 blocks of 16 activations].
+inline int64_t operand_at(int64_t m, int64_t tiles, int64_t half, int64_t block) {
+  const int64_t per_block = 2 * kBlock, begin = half / per_block * per_block, left = 2 * tiles - begin;
+  const int64_t halves = left < per_block ? left : per_block, pairs = (m + 31) / 32;
+  return ((begin * pairs + block / 2 * halves + half - begin) * 2 + block % 2) * kOperand;
+}
 
 // Sums of prepared rows x, scaled: sums[row - 4 * first][ld], m of them, for the rows of at most 8 strips.
 using Mm = void (*)(const Weight&, const void* x, int64_t m, int64_t first, int64_t last, float* sums, int64_t ld);
