@@ -29,8 +29,8 @@ kernel, this packer and the tests read the same table. Words are int16, not uint
     w4 [N/4, K/64, 2, 64] uint8    A: row 0 in the low six bits of each byte; B: row 1     top two bits of A, B and C:
     w2 [N/4, K/64,    64] uint8    C: row 2                                                row 3, from its low bits on
 
-so that the three first rows are indices of a look-up that ignores high bits as they are. Byte 16 l + i of a vector belongs to
-input 8 l + i, byte 16 l + 8 + i to input 32 + 8 l + i (i < 8), the order that interleaving in 128-bit lanes undoes.
+so that the first three rows, as they are, index a look-up that ignores high bits. Byte 16 l + i of a vector belongs to input
+8 l + i, byte 16 l + 8 + i to input 32 + 8 l + i (i < 8), the order that interleaving in 128-bit lanes undoes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-// AMX with BF16: 32 rows of weights are decoded into a buffer that stays in cache, as rows of a tile; prepared activations
-// (Order::kTiles) are the other operand. A sum is a tile [16 weights' rows][16 activations] of floats.
+// AMX with BF16: 32 rows of weights are decoded into a buffer that stays in cache, as rows of a tile; prepared
+// activations (Order::kTiles) are the other operand. A sum is a tile [16 weights' rows][16 activations] of floats.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -38,6 +38,7 @@ inline void decode_rows(const Weight& w, const Bf16::Tables& tables, int64_t fir
     const int64_t strip = first + s < last ? first + s : last - 1;
     for (int64_t tile = begin; tile < end; tile++) {
       const Bf16::Codes codes(w.w4_at(strip, tile), w.w4_at(strip, tile) + kTile, w.w2_at(strip, tile));
+      w.prefetch(strip, tile + kAhead / 2);
       uint16_t* to = out + (tile - begin) * 2 * kWeights + s * kRows * kHalf;
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; r++) {
@@ -106,8 +107,8 @@ struct Operands {
   }
 };
 
-// All of K with the sums in registers, for activations m0 to m0 + 16 (one) or 32; one group. Decoding runs a tile ahead of
-// multiplying, and overlaps with it: up to 128 activations, decoding anew for each 32 is faster than keeping sums in memory.
+// All of K with the sums in registers, for activations m0 to m0 + 16 (one) or 32; one group. Decoding runs a tile ahead
+// of multiplying, and overlaps with it: up to 128 activations, decoding anew for each 32 beats keeping sums in memory.
 template <bool one>
 void all_inputs(const Operands& o, int64_t m0, uint16_t* buffer) {
   const Bf16::Tables tables(o.w.values);
@@ -163,8 +164,10 @@ void tile_sums(const Operands& o, const uint16_t* weights, int64_t m0, int64_t h
 inline void prefetch(const Operands& o, int64_t begin) {
   const int64_t strips = (o.w.n + kRows - 1) / kRows, bytes = kBlock * kTile;
   for (int64_t s = o.last; s < o.last + kChunk / kRows && s < strips; s++) {
-    for (int64_t i = 0; i < 2 * bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(o.w.w4_at(s, begin) + i), _MM_HINT_T1);
-    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(reinterpret_cast<const char*>(o.w.w2_at(s, begin) + i), _MM_HINT_T1);
+    const auto* w4 = reinterpret_cast<const char*>(o.w.w4_at(s, begin));
+    const auto* w2 = reinterpret_cast<const char*>(o.w.w2_at(s, begin));
+    for (int64_t i = 0; i < 2 * bytes; i += 64) _mm_prefetch(w4 + i, _MM_HINT_T1);
+    for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(w2 + i, _MM_HINT_T1);
   }
 }
 
@@ -203,7 +206,8 @@ void mm_amx(const Weight& w, const void* x, int64_t m, int64_t first, int64_t la
   __builtin_memset(sums, 0, (last - first + strips - 1) / strips * kChunk * ld * sizeof(float));
   if (w.group >= w.inputs && m <= 128) {
     for (int64_t strip = first; strip < last; strip += strips)
-      for (int64_t m0 = 0; m0 < m; m0 += 32) (m - m0 > 16 ? all_inputs<false> : all_inputs<true>)(operands(strip), m0, buffer);
+      for (int64_t m0 = 0; m0 < m; m0 += 32)
+        (m - m0 > 16 ? all_inputs<false> : all_inputs<true>)(operands(strip), m0, buffer);
   } else {  // x's part of a block stays in the second-level cache for all the strips
     for (int64_t begin = 0; begin < w.tiles; begin += kBlock)
       for (int64_t strip = first; strip < last; strip += strips)

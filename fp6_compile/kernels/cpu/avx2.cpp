@@ -55,7 +55,8 @@ struct Shuffles {
       const __m256i sign = _mm256_and_si256(_mm256_slli_epi16(codes, 2), _mm256_set1_epi8(static_cast<char>(0x80)));
       __m256i byte[2];
       for (int b = 0; b < 2; b++)
-        byte[b] = _mm256_blendv_epi8(_mm256_shuffle_epi8(t.byte[b][0], index), _mm256_shuffle_epi8(t.byte[b][1], index), upper);
+        byte[b] = _mm256_blendv_epi8(_mm256_shuffle_epi8(t.byte[b][0], index),
+                                     _mm256_shuffle_epi8(t.byte[b][1], index), upper);
       byte[1] = _mm256_or_si256(byte[1], sign);
       half[0].words[i] = _mm256_unpacklo_epi8(byte[0], byte[1]);
       half[1].words[i] = _mm256_unpackhi_epi8(byte[0], byte[1]);

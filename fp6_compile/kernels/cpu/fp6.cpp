@@ -57,7 +57,7 @@ uint16_t bf16_of(float f) {
   return static_cast<uint16_t>((f != f ? bits | 0x400000 : rounded) >> 16);
 }
 
-// A float is the exact sum of three BF16, of a FP16's value two: each takes the upper eight significant bits of what is left.
+// A float is the exact sum of three BF16, an FP16 of two: each takes the upper eight significant bits of what is left.
 // What is left of an infinity is nothing.
 void split(float f, int parts, uint16_t* out, int64_t stride) {
   const bool finite = (bits_of(f) & 0x7F800000) != 0x7F800000;
@@ -130,7 +130,8 @@ Buffer<char> prepare(const Activations& a, int64_t tiles, Order order, int64_t* 
   Buffer<char> operands = aligned<char>((blocks + 1) / 2 * 32 * padded * 2);
   at::parallel_for(0, blocks, 1 + grain / 16, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++)
-      prepare_tiles(reinterpret_cast<uint16_t*>(out.get()), *rows, block, tiles, reinterpret_cast<uint16_t*>(operands.get()));
+      prepare_tiles(reinterpret_cast<uint16_t*>(out.get()), *rows, block, tiles,
+                    reinterpret_cast<uint16_t*>(operands.get()));
   });
   return operands;
 }
@@ -150,7 +151,7 @@ struct Out {
   }
 };
 
-// Sums [rows, ld] of weights' rows from row0 on, transposed into out [m, n]; the smallest part of an activation is added first.
+// Sums [rows, ld] of weights' rows from row0 on, transposed into out [m, n]; an activation's smallest part is added first.
 void write(const float* sums, int64_t ld, int64_t m, int parts, int64_t n, int64_t row0, int64_t rows, const Out& out) {
   float line[kMostRows];
   for (int64_t i = 0; i < m; i++) {

@@ -33,7 +33,7 @@ _BLOCK = 1 << 19
 
 @functools.cache
 def supported_paths() -> tuple[str, ...]:
-    """The paths that this machine runs, slowest first; none where the library could not be built. Asks for AMX's registers."""
+    """The paths that this machine runs, slowest first; none without a library. Asks Linux for AMX's registers."""
     lib = library()
     bits = lib.fp6_paths() if lib is not None else 0
     return tuple(name for i, name in enumerate(PATHS) if bits >> i & 1)

@@ -31,6 +31,7 @@ inline void rows_by_m(const Weight& w, const typename V::X* x, int64_t strip, in
   if (halves) {
     for (int64_t tile = 0; tile < w.tiles; tile++) {
       const typename V::Codes codes(w.w4_at(strip, tile), w.w4_at(strip, tile) + kTile, w.w2_at(strip, tile));
+      w.prefetch(strip, tile + kAhead);
       typename V::Acc acc[2][R][M] = {};
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
@@ -49,6 +50,7 @@ inline void rows_by_m(const Weight& w, const typename V::X* x, int64_t strip, in
       typename V::Acc acc[R][M] = {};
       for (int64_t tile = begin; tile < end; tile++) {
         const typename V::Codes codes(w.w4_at(strip, tile), w.w4_at(strip, tile) + kTile, w.w2_at(strip, tile));
+        w.prefetch(strip, tile + kAhead);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
           typename V::Half half[2];
