@@ -18,7 +18,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,7 +148,7 @@ def _linear(x: Tensor, weights: Iterator[Tensor]) -> Tensor:
     return F.linear(x, next(weights))
 
 
-def _alternate(calls: list[Callable[[], Any]], count: int, clock: Callable[[], float]) -> list[list[float]]:
+def _alternate(calls: Sequence[Callable[[], Any]], count: int, clock: Callable[[], float]) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in calls]
     for i in range(count + 2):
         for call, taken in zip(calls, times, strict=True):

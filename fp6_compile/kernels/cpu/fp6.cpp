@@ -116,8 +116,9 @@ void prepare_tiles(const uint16_t* rows, int64_t m, int64_t block, int64_t tiles
 Buffer<char> prepare(const Activations& a, int64_t tiles, Order order, int64_t* rows) {
   const int64_t padded = tiles * kTile, grain = 1 + kWorthAThread / padded;
   *rows = order == Order::kFloat ? a.m : a.m * a.parts;
-  Buffer<char> out = aligned<char>(*rows * padded * (order == Order::kFloat ? 4 : 2));
-  at::parallel_for(0, a.m, grain, [&](int64_t begin, int64_t end) {
+  const bool as_it_is = order == Order::kTiles && a.bf16 && a.k == padded;
+  Buffer<char> out = aligned<char>(as_it_is ? 0 : *rows * padded * (order == Order::kFloat ? 4 : 2));
+  at::parallel_for(0, as_it_is ? 0 : a.m, grain, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; m++) {
       if (order == Order::kFloat)
         prepare_floats(a, m, padded, reinterpret_cast<float*>(out.get()));
@@ -130,7 +131,7 @@ Buffer<char> prepare(const Activations& a, int64_t tiles, Order order, int64_t* 
   Buffer<char> operands = aligned<char>((blocks + 1) / 2 * 32 * padded * 2);
   at::parallel_for(0, blocks, 1 + grain / 16, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; block++)
-      prepare_tiles(reinterpret_cast<uint16_t*>(out.get()), *rows, block, tiles,
+      prepare_tiles(static_cast<const uint16_t*>(as_it_is ? a.x : out.get()), *rows, block, tiles,
                     reinterpret_cast<uint16_t*>(operands.get()));
   });
   return operands;
