@@ -11,7 +11,7 @@
     graph      Dynamo's graph with packed weights
     passes     matmul of a dequantized weight => fp6::mm
     lowerings  fp6::mm => Inductor template, epilogue fused
-    kernels    the Triton kernel
+    kernels    Triton for GPUs, C++ for CPUs
     backend    all of it behind one name
 
 Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither

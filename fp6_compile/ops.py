@@ -9,8 +9,8 @@ format's name, and `group_size` (None: one group, the row).
 The graph starts with dequantize and an ordinary matmul; the pass makes them fp6::mm. So dequantize *is* the meaning of a
 packed weight, and mm may differ from it by the rounding of a float32 accumulation and nothing else.
 
-Eager mm dequantizes some rows at a time, so that a 16-bit copy of the whole weight never exists; where the layout is the
-GPU kernel's and the tensors are on a GPU, it is the kernel.
+Eager mm dequantizes some rows at a time, so that a 16-bit copy of the whole weight never exists; where the layout is the one
+that a kernel reads on the tensors' device, it is the kernel: Triton on a GPU, C++ on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import SymInt, Tensor
 
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.config import supports
-from fp6_compile.packing import inputs_held, layout_for, rows_per_index, unpack
+from fp6_compile.kernels.cpu import mm as cpu
+from fp6_compile.packing import CPU, inputs_held, layout_for, rows_per_index, unpack
 from fp6_compile.quantize import dequantize as _dequantize
 
 _lib = torch.library.Library("fp6", "DEF")
@@ -83,6 +84,17 @@ def mm_on_gpu(
     return out.view(*x.shape[:-1], scale.shape[1])
 
 
+def mm_on_cpu(
+    x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, format: str, layout: str, group_size: int | None
+) -> Tensor:
+    """`x @ W.T` by the C++ kernel; by rows for other layouts and dtypes, and where no compiler could build it."""
+    if layout != CPU or not cpu.has_kernel(x.dtype):
+        return mm_by_rows(x, w4, w2, scale, format, layout, group_size)
+    _check(x.shape[-1], w4, scale, layout, group_size)
+    out = cpu.mm(x.reshape(-1, x.shape[-1]), w4, w2, scale, get_format(format), group_size)
+    return out.view(*x.shape[:-1], scale.shape[1])
+
+
 def has_kernel(device: torch.device, dtype: torch.dtype, layout: str, group_size: int | None) -> bool:
     """Whether the GPU kernel reads `layout` for activations of `dtype`; each layout holds the lanes of one compute dtype."""
     return device.type == "cuda" and layout == layout_for(device, dtype) and supports(group_size) is None
@@ -109,7 +121,7 @@ def _row_blocks(n: int, k: int, granularity: int) -> Iterator[tuple[slice, slice
 
 
 _lib.impl("dequantize", dequantize, "CompositeExplicitAutograd")
-_lib.impl("mm", mm_by_rows, "CPU")
+_lib.impl("mm", mm_on_cpu, "CPU")
 _lib.impl("mm", mm_on_gpu, "CUDA")
 
 

@@ -1,9 +1,9 @@
-"""Codes <-> bytes: the canonical 4+2 planes that are stored, and the device layout that the GPU kernel reads.
+"""Codes <-> bytes: the canonical 4+2 planes that are stored, and the device layouts that the kernels read.
 
 Six bits do not divide a machine word, so a code is split into its low four bits and its high two (ZeroQuant(4+2);
 FP6-LLM, section 5.2), kept in two tensors, `w4` and `w2`, that both load aligned.
 
-"planes.v1" (canonical; checkpoints, CPU), little end first along K, K padded to a multiple of 4 with code 0:
+"planes.v1" (canonical; checkpoints), little end first along K, K padded to a multiple of 4 with code 0:
 
     w4 [N, K/2] uint8    byte i = low4(k = 2i)  | low4(2i+1)  << 4
     w2 [N, K/4] uint8    byte i = high2(k = 4i) | high2(4i+1) << 2 | high2(4i+2) << 4 | high2(4i+3) << 6
@@ -23,6 +23,14 @@ so that a slab is a contiguous stretch of x, and eight weights come out of three
 Which bit of a word holds which bit of a code follows from `LANES`, found by exhaustive search: every bit of the three words
 is used once, every weight has four bits in w4 and two in w2, and left shifts are preferred (they run on the FMA pipe). The
 kernel, this packer and the tests read the same table. Words are int16, not uint16, because few torch ops take uint16.
+
+"cpu.v1" (the C++ kernel), N padded to 4 and K to 64 with code 0. A tile is 4 rows by 64 inputs, in three vectors A, B, C:
+
+    w4 [N/4, K/64, 2, 64] uint8    A: row 0 in the low six bits of each byte; B: row 1     top two bits of A, B and C:
+    w2 [N/4, K/64,    64] uint8    C: row 2                                                row 3, from its low bits on
+
+so that the first three rows, as they are, index a look-up that ignores high bits. Byte 16 l + i of a vector belongs to input
+8 l + i, byte 16 l + 8 + i to input 32 + 8 l + i (i < 8), the order that interleaving in 128-bit lanes undoes.
 """
 
 from __future__ import annotations
@@ -38,7 +46,9 @@ from fp6_compile.formats import Format
 
 PLANES = "planes.v1"
 SLABS = {torch.float16: "slabs_fp16.v1", torch.bfloat16: "slabs_bf16.v1"}
-LAYOUTS = (PLANES, *SLABS.values())
+CPU = "cpu.v1"
+LAYOUTS = (PLANES, *SLABS.values(), CPU)
+TILE_ROWS, TILE_K = 4, 64
 ROWS, SLAB, SLABS_PER_BLOCK = 16, 32, 8
 BLOCK_K = SLAB * SLABS_PER_BLOCK
 
@@ -87,25 +97,32 @@ def float_mask(fmt: Format, dtype: torch.dtype) -> int:
 
 def layout_for(device: torch.device, dtype: torch.dtype) -> str:
     """The layout that `fp6::mm` reads fastest on `device` with activations of `dtype`; float32 goes through FP16 lanes."""
-    return PLANES if device.type == "cpu" else SLABS.get(dtype, SLABS[torch.float16])
+    return CPU if device.type == "cpu" else SLABS.get(dtype, SLABS[torch.float16])
 
 
 def pack(codes: Tensor, fmt: Format, layout: str) -> tuple[Tensor, Tensor]:
     """(w4, w2) of codes [N, K] (uint8) in `layout`; shapes and dtypes are in this module's docstring."""
     if layout == PLANES:
         return _pack_planes(codes)
+    if layout == CPU:
+        return _pack_tiles(codes)
     return _pack_slabs(codes, fmt, _lane_dtype(layout))
 
 
 def unpack(w4: Tensor, w2: Tensor, fmt: Format, layout: str, n: int, k: int) -> Tensor:
     """The codes [n, k] (uint8) that `pack` was given: its exact inverse."""
-    codes = _unpack_planes(w4, w2) if layout == PLANES else _unpack_slabs(w4, w2, fmt, _lane_dtype(layout))
+    if layout == PLANES:
+        codes = _unpack_planes(w4, w2)
+    elif layout == CPU:
+        codes = _unpack_tiles(w4, w2)
+    else:
+        codes = _unpack_slabs(w4, w2, fmt, _lane_dtype(layout))
     return codes[:n, :k]
 
 
 def rows_per_index(layout: str) -> int:
     """How many weight rows one index of the leading dimension of w4 and w2 holds."""
-    return 1 if layout == PLANES else ROWS
+    return {PLANES: 1, CPU: TILE_ROWS}.get(layout, ROWS)
 
 
 class Held(NamedTuple):
@@ -119,6 +136,8 @@ def inputs_held(w4: Tensor, layout: str) -> Held:
     """How many inputs a w4 of `layout` holds."""
     if layout == PLANES:
         return Held(2 * w4.shape[1], 4)
+    if layout == CPU:
+        return Held(TILE_K * w4.shape[1], TILE_K)
     _lane_dtype(layout)
     return Held(BLOCK_K * w4.shape[1], BLOCK_K)
 
@@ -142,6 +161,23 @@ def _unpack_planes(w4: Tensor, w2: Tensor) -> Tensor:
     low = torch.stack([w4 & 15, w4 >> 4], -1).flatten(1)
     high = torch.stack([w2 << 4 & 48, w2 << 2 & 48, w2 & 48, w2 >> 2 & 48], -1).flatten(1)
     return low | high
+
+
+def _pack_tiles(codes: Tensor) -> tuple[Tensor, Tensor]:
+    n, k = codes.shape
+    codes = F.pad(codes, (0, -k % TILE_K, 0, -n % TILE_ROWS))
+    # [N/4, 4, K/64, half, lane, 8]: a vector's bytes take the halves in turn, lane by lane.
+    tiles = codes.unflatten(1, (-1, 2, 4, 8)).unflatten(0, (-1, TILE_ROWS)).transpose(3, 4).flatten(3)
+    a, b, c, last = tiles.unbind(1)
+    a, b, c = a | last << 6, b | last >> 2 << 6, c | last >> 4 << 6
+    return torch.stack([a, b], 2), c.contiguous()
+
+
+def _unpack_tiles(w4: Tensor, w2: Tensor) -> Tensor:
+    a, b = w4.unbind(2)
+    last = a >> 6 | b >> 6 << 2 | w2 >> 6 << 4
+    tiles = torch.stack([a & 63, b & 63, w2 & 63, last], 1)  # [N/4, 4, K/64, 64]
+    return tiles.unflatten(3, (4, 2, 8)).transpose(3, 4).flatten(2).flatten(0, 1)
 
 
 def _pack_slabs(codes: Tensor, fmt: Format, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

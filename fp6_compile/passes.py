@@ -41,6 +41,8 @@ _VIEWS = (
 # Casts and copies change no value that the matmul would not round again: fp6::mm rounds the weight to x's dtype, once.
 _COPIES = (prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.alias.default)
 
+_SOURCES = (".py", ".jinja", ".cpp", ".h")
+
 _matmuls = PatternMatcherPass(pass_name="fp6_mm")
 _leftovers = PatternMatcherPass(pass_name="fp6_dequantize")
 
@@ -150,4 +152,4 @@ class FP6Pass(CustomGraphPass):
 def source_hash() -> bytes:
     """A hash of every file of this package."""
     package = Path(__file__).parent
-    return get_hash_for_files(tuple(sorted(str(p) for p in package.rglob("*") if p.suffix in (".py", ".jinja"))))
+    return get_hash_for_files(tuple(sorted(str(p) for p in package.rglob("*") if p.suffix in _SOURCES)))

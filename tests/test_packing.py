@@ -5,7 +5,19 @@ import torch
 from torch.testing import assert_close
 
 from fp6_compile.formats import FORMATS
-from fp6_compile.packing import BLOCK_K, LANES, LAYOUTS, PLANES, float_mask, layout_for, pack, rows_per_index, unpack
+from fp6_compile.packing import (
+    BLOCK_K,
+    CPU,
+    LANES,
+    LAYOUTS,
+    PLANES,
+    SLABS,
+    float_mask,
+    layout_for,
+    pack,
+    rows_per_index,
+    unpack,
+)
 
 SHAPES = [(1, 1), (16, 256), (17, 257), (48, 512), (5, 1023)]
 
@@ -32,7 +44,7 @@ def test_six_bits_a_weight(layout):
     assert w4.shape[0] == w2.shape[0] == 32 // rows_per_index(layout)
 
 
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != PLANES])
+@pytest.mark.parametrize("layout", SLABS.values())
 def test_slabs_pack_inverts_unpack(layout):
     """Any words are the packing of some codes: no bit of a word is unused, none is read twice."""
     generator = torch.Generator().manual_seed(0)
@@ -50,6 +62,26 @@ def test_planes_byte_order():
     assert w2.tolist() == [[0b00_11_10_01]]
 
 
+def test_cpu_byte_order():
+    """Three rows in the low six bits of three vectors, the fourth in their top bits; halves of 8 inputs take turns."""
+    codes = torch.zeros(4, 64, dtype=torch.uint8)
+    codes[:, 9] = torch.tensor([1, 2, 3, 0b11_10_01])  # input 8 * 1 + 1: byte 16 * 1 + 1
+    codes[:, 32] = torch.tensor([4, 5, 6, 0b01_00_00])  # input 32 + 0: byte 8
+    w4, w2 = pack(codes, FORMATS["e3m2"], CPU)
+    assert w4.shape == (1, 1, 2, 64)
+    assert [w4[0, 0, 0, 17], w4[0, 0, 1, 17], w2[0, 0, 17]] == [0b01 << 6 | 1, 0b10 << 6 | 2, 0b11 << 6 | 3]
+    assert [w4[0, 0, 0, 8], w4[0, 0, 1, 8], w2[0, 0, 8]] == [4, 5, 0b01 << 6 | 6]
+    assert w4.count_nonzero() + w2.count_nonzero() == 6
+
+
+def test_cpu_layout_uses_every_bit():
+    generator = torch.Generator().manual_seed(0)
+    w4 = torch.randint(0, 256, (3, 2, 2, 64), dtype=torch.uint8, generator=generator)
+    w2 = torch.randint(0, 256, (3, 2, 64), dtype=torch.uint8, generator=generator)
+    fmt = FORMATS["e3m2"]
+    assert_close(pack(unpack(w4, w2, fmt, CPU, 12, 128), fmt, CPU), (w4, w2), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("key", "table"), LANES.items(), ids=lambda v: str(v[0]) if isinstance(v, tuple) else "")
 def test_every_weight_has_four_bits_in_w4(key, table):
     name, dtype = key
@@ -59,7 +91,7 @@ def test_every_weight_has_four_bits_in_w4(key, table):
 
 
 def test_layout_for():
-    assert layout_for(torch.device("cpu"), torch.float16) == PLANES
+    assert layout_for(torch.device("cpu"), torch.float16) == CPU
     assert layout_for(torch.device("cuda"), torch.bfloat16) == "slabs_bf16.v1"
     assert layout_for(torch.device("cuda"), torch.float32) == "slabs_fp16.v1"
 

@@ -70,10 +70,10 @@ class TestSnapshots(expecttest.TestCase):
             """\
 in0: f16[128]
 in1: f16[4, 256]
-in2: u8[128, 128]
-in3: u8[128, 64]
+in2: u8[32, 4, 2, 64]
+in3: u8[32, 4, 64]
 in4: f32[1, 128]
-dequantize0: f16[128, 256] = fp6.dequantize(in2, in3, in4, e3m2, planes.v1, None, 256, torch.float16)
+dequantize0: f16[128, 256] = fp6.dequantize(in2, in3, in4, e3m2, cpu.v1, None, 256, torch.float16)
 permute0: f16[256, 128] = aten.permute(dequantize0, [1, 0])
 addmm0: f16[4, 128] = aten.addmm(in0, in1, permute0)
 return addmm0
@@ -84,10 +84,10 @@ return addmm0
             """\
 in0: f16[128]
 in1: f16[4, 256]
-in2: u8[128, 128]
-in3: u8[128, 64]
+in2: u8[32, 4, 2, 64]
+in3: u8[32, 4, 64]
 in4: f32[1, 128]
-mm0: f16[4, 128] = fp6.mm(in1, in2, in3, in4, e3m2, planes.v1, None)
+mm0: f16[4, 128] = fp6.mm(in1, in2, in3, in4, e3m2, cpu.v1, None)
 add0: f16[4, 128] = aten.add.Tensor(mm0, in0)
 return add0
 """,
@@ -99,10 +99,10 @@ return add0
             graphs.after[0],
             """\
 in0: f16[4, 256]
-in1: u8[128, 128]
-in2: u8[128, 64]
+in1: u8[32, 4, 2, 64]
+in2: u8[32, 4, 64]
 in3: f32[4, 128]
-mm0: f16[4, 128] = fp6.mm(in0, in1, in2, in3, e2m3, planes.v1, 64)
+mm0: f16[4, 128] = fp6.mm(in0, in1, in2, in3, e2m3, cpu.v1, 64)
 return mm0
 """,
         )
@@ -113,18 +113,18 @@ return mm0
             graphs.after[0],
             """\
 in0: f16[4, 256]
-in1: u8[256, 128]
-in2: u8[256, 64]
+in1: u8[64, 4, 2, 64]
+in2: u8[64, 4, 64]
 in3: f32[1, 256]
-in4: u8[128, 128]
-in5: u8[128, 64]
+in4: u8[32, 4, 2, 64]
+in5: u8[32, 4, 64]
 in6: f32[1, 128]
-in7: u8[128, 128]
-in8: u8[128, 64]
+in7: u8[32, 4, 2, 64]
+in8: u8[32, 4, 64]
 in9: f32[1, 128]
-mm0: f16[4, 256] = fp6.mm(in0, in1, in2, in3, e3m2, planes.v1, None)
-mm1: f16[4, 128] = fp6.mm(in0, in4, in5, in6, e3m2, planes.v1, None)
-mm2: f16[4, 128] = fp6.mm(in0, in7, in8, in9, e3m2, planes.v1, None)
+mm0: f16[4, 256] = fp6.mm(in0, in1, in2, in3, e3m2, cpu.v1, None)
+mm1: f16[4, 128] = fp6.mm(in0, in4, in5, in6, e3m2, cpu.v1, None)
+mm2: f16[4, 128] = fp6.mm(in0, in7, in8, in9, e3m2, cpu.v1, None)
 return mm0, mm1, mm2
 """,
         )
@@ -136,11 +136,11 @@ return mm0, mm1, mm2
             """\
 in0: f16[512, 256]
 in1: i64[3]
-in2: u8[512, 128]
-in3: u8[512, 64]
+in2: u8[128, 4, 2, 64]
+in3: u8[128, 4, 64]
 in4: f32[1, 512]
 embedding0: f16[3, 256] = aten.embedding(in0, in1)
-mm0: f16[3, 512] = fp6.mm(embedding0, in2, in3, in4, e3m2, planes.v1, None)
+mm0: f16[3, 512] = fp6.mm(embedding0, in2, in3, in4, e3m2, cpu.v1, None)
 return mm0
 """,
         )
@@ -152,10 +152,10 @@ return mm0
             """\
 in0: f16[128]
 in1: f16[4, 256]
-in2: u8[128, 128]
-in3: u8[128, 64]
+in2: u8[32, 4, 2, 64]
+in3: u8[32, 4, 64]
 in4: f32[1, 128]
-dequantize0: f16[128, 256] = fp6.dequantize(in2, in3, in4, e3m2, planes.v1, None, 256, torch.float16)
+dequantize0: f16[128, 256] = fp6.dequantize(in2, in3, in4, e3m2, cpu.v1, None, 256, torch.float16)
 permute0: f16[256, 128] = aten.permute(dequantize0, [1, 0])
 addmm0: f16[4, 128] = aten.addmm(in0, in1, permute0)
 return addmm0
@@ -166,10 +166,10 @@ return addmm0
             """\
 in0: f16[128]
 in1: f16[4, 256]
-in2: u8[128, 128]
-in3: u8[128, 64]
+in2: u8[32, 4, 2, 64]
+in3: u8[32, 4, 64]
 in4: f32[1, 128]
-mm0: f16[4, 128] = fp6.mm(in1, in2, in3, in4, e3m2, planes.v1, None)
+mm0: f16[4, 128] = fp6.mm(in1, in2, in3, in4, e3m2, cpu.v1, None)
 add0: f16[4, 128] = aten.add.Tensor(mm0, in0)
 return add0
 """,
@@ -182,11 +182,11 @@ return add0
             """\
 in0: f16[128]
 in1: f16[2, 3, 256]
-in2: u8[128, 128]
-in3: u8[128, 64]
+in2: u8[32, 4, 2, 64]
+in3: u8[32, 4, 64]
 in4: f32[1, 128]
 view0: f16[6, 256] = aten.view(in1, [6, 256])
-mm0: f16[6, 128] = fp6.mm(view0, in2, in3, in4, e3m2, planes.v1, None)
+mm0: f16[6, 128] = fp6.mm(view0, in2, in3, in4, e3m2, cpu.v1, None)
 add0: f16[6, 128] = aten.add.Tensor(mm0, in0)
 view1: f16[2, 3, 128] = aten.view(add0, [2, 3, 128])
 return view1
@@ -201,12 +201,12 @@ return view1
 in0: f16[256, 256]
 in1: f16[4, 256]
 in2: f16[128, 256]
-in3: u8[128, 128]
-in4: u8[128, 64]
+in3: u8[32, 4, 2, 64]
+in4: u8[32, 4, 64]
 in5: f32[1, 128]
 permute0: f16[256, 256] = aten.permute(in0, [1, 0])
 mm0: f16[4, 256] = aten.mm(in1, permute0)
-mm1: f16[4, 128] = fp6.mm(in1, in3, in4, in5, e3m2, planes.v1, None)
+mm1: f16[4, 128] = fp6.mm(in1, in3, in4, in5, e3m2, cpu.v1, None)
 permute1: f16[256, 128] = aten.permute(in2, [1, 0])
 mm2: f16[4, 128] = aten.mm(in1, permute1)
 return mm0, mm1, mm2

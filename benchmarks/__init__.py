@@ -1,0 +1,1 @@
+"""Measurements of the kernels, each beside its rivals in the same run."""

@@ -1,0 +1,104 @@
+"""The C++ files as a library: compiled at first use, by the compiler that Inductor uses, into Inductor's cache directory.
+
+Each vector path is an object of its own, in flags of its own, so that one library serves every machine that shares the
+cache. Objects are made in a temporary folder and the finished library is moved to its place: a process that looks there
+finds all of it or nothing, and processes that build at the same time only waste work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+_SOURCES = Path(__file__).parent
+_AVX512 = ["-mavx512f", "-mavx512bw", "-mfma"]
+_BF16 = [*_AVX512, "-mavx512vbmi", "-mavx512bf16"]
+_X86 = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": _AVX512,
+    "avx512_bf16": _BF16,
+    "amx": [*_BF16, "-mamx-tile", "-mamx-bf16"],
+}
+# -ffp-contract: one rounding per multiply-add on every path that has the instruction. No -ffast-math: NaN means NaN.
+_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-w"]
+
+_log = logging.getLogger("fp6_compile")
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library, built if need be; None, and one warning, where that fails."""
+    try:
+        return ctypes.CDLL(str(_build()))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or error
+        _log.warning(
+            "fp6: no C++ kernel, so six-bit matmuls run in plain torch, slower than 16-bit ones. Install a C++20 compiler "
+            "(Debian: apt install g++; conda: conda install gxx) or point CXX at one. What failed: %s",
+            str(detail).strip(),
+        )
+        return None
+
+
+def _build() -> Path:
+    # Here, because importing Inductor takes a second that a model without packed weights on a CPU need not wait.
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.runtime.runtime_utils import cache_dir
+
+    if sys.platform == "win32":
+        raise RuntimeError("building on Windows is not supported")
+    compiler = get_cpp_compiler()
+    objects, link = commands(compiler)
+    target = Path(cache_dir()) / "fp6_compile" / f"{_key([*objects.values(), link])}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=target.parent)
+        try:
+            _run_all(objects, link, folder)
+            os.replace(Path(folder) / "fp6.so", target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return target
+
+
+def commands(compiler: str) -> tuple[dict[str, list[str]], list[str]]:
+    """(command that compiles each source, by its name; command that links the objects), run in an empty folder."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    root = Path(torch.__file__).parent
+    openmp = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for runs on one thread
+    paths = {"portable": [], **(_X86 if x86 else {})}
+    driver = [*openmp, "-isystem", str(root / "include")]
+    objects = {
+        name: [compiler, *_FLAGS, *(["-DFP6_X86"] if x86 else []), *flags, "-c", str(_SOURCES / f"{name}.cpp")]
+        for name, flags in {"fp6": driver, **paths}.items()
+    }
+    # libtorch_cpu brings OpenMP's runtime: the one that torch has loaded already, by its name.
+    libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
+    link = [compiler, "-shared", *openmp, *(f"{name}.o" for name in objects), *libraries, "-o", "fp6.so"]
+    return objects, link
+
+
+def _run_all(objects: dict[str, list[str]], link: list[str], folder: str) -> None:
+    run = functools.partial(subprocess.run, cwd=folder, check=True, capture_output=True, text=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, objects.values()))
+    run(link)
+
+
+def _key(command_lines: list[list[str]]) -> str:
+    digest = hashlib.sha256(repr((torch.__version__, command_lines)).encode())
+    for source in sorted(_SOURCES.glob("*.[ch]*")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return digest.hexdigest()[:32]

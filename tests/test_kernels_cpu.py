@@ -1,0 +1,213 @@
+"""The C++ kernel: every path this machine has, exact on all codes, against float64, threads, builds, sanitizers."""
+
+import logging
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp6_compile import ops
+from fp6_compile.formats import FORMATS
+from fp6_compile.kernels.cpu import build
+from fp6_compile.kernels.cpu import mm as cpu
+from fp6_compile.packing import CPU, pack
+from fp6_compile.quantize import dequantize, quantize
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(not cpu.supported_paths(), reason="no C++ compiler")
+
+
+@pytest.fixture(params=cpu.PATHS)
+def path(request):
+    if request.param not in cpu.supported_paths():
+        pytest.skip(f"this machine does not run {request.param}")
+    return request.param
+
+
+def _weight(n, k, group_size=None, fmt="e3m2"):
+    """(packed weight, the float64 matrix that it stands for)."""
+    f = FORMATS[fmt]
+    codes, scale = quantize(torch.randn(n, k) / 16, f, group_size)
+    exact = dequantize(codes, scale, f, group_size, torch.float64)
+    return cpu.Weight(*pack(codes, f, CPU), scale, f, group_size), exact
+
+
+def _check(out, x, exact, rounded_weights):
+    """Error: float32 sums over K, the result's rounding, and the weights' rounding where they were decoded to x's dtype."""
+    expected, magnitude = x.double() @ exact.T, x.double().abs() @ exact.T.abs()
+    eps = torch.finfo(x.dtype).eps
+    bound = eps * expected.abs() + x.shape[1] * 2.0**-24 * magnitude + rounded_weights * eps * magnitude
+    assert out.dtype == x.dtype
+    assert ((out.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_all_codes_through_one_hot_activations(path, fmt, dtype):
+    """Row n of the weight is code n in every place; one-hot rows of x read the values out, with nothing rounded."""
+    codes = torch.arange(64, dtype=torch.uint8)[:, None].expand(64, 128).contiguous()
+    weight = cpu.Weight(*pack(codes, FORMATS[fmt], CPU), torch.ones(1, 64), FORMATS[fmt], None)
+    values = FORMATS[fmt].decode(codes[:, 0])
+    x = torch.eye(128, dtype=dtype)
+    expected = values.to(dtype).expand(128, 64)
+    torch.testing.assert_close(cpu.by_kernel(path, x, weight), expected, rtol=0, atol=0)
+    torch.testing.assert_close(cpu.by_blocks(path, x, weight), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("m", [1, 2, 7, 17, 64, 131])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"), [(41, 300, None), (130, 1000, 32), (37, 513, 64), (6, 769, 96), (3, 5, None)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_against_float64(path, dtype, n, k, group_size, m):
+    weight, exact = _weight(n, k, group_size)
+    x = torch.randn(m, k).to(dtype)
+    _check(cpu.by_kernel(path, x, weight), x, exact, rounded_weights=False)
+
+
+@pytest.mark.parametrize(("n", "k", "group_size"), [(41, 300, None), (37, 513, 7), (130, 1000, 64)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_against_float64(path, dtype, n, k, group_size, monkeypatch):
+    monkeypatch.setattr(cpu, "_BLOCK", 16 * k)
+    weight, exact = _weight(n, k, group_size, "e2m3")
+    x = torch.randn(9, k).to(dtype)
+    _check(cpu.by_blocks(path, x, weight), x, exact, rounded_weights=True)
+
+
+def test_the_operator_uses_the_kernel(monkeypatch):
+    weight, exact = _weight(48, 320, 32)
+    monkeypatch.setattr(ops, "mm_by_rows", None)
+    x = torch.randn(2, 3, 640)[..., ::2]
+    out = torch.ops.fp6.mm(x, weight.w4, weight.w2, weight.scale, "e3m2", CPU, 32)
+    torch.testing.assert_close(out, x @ exact.float().T)
+
+
+@pytest.mark.parametrize("group_size", [None, 7, 64])
+def test_other_dtypes_and_no_rows(group_size):
+    weight, exact = _weight(8, 200, group_size)
+    arguments = (weight.w4, weight.w2, weight.scale, "e3m2", CPU, group_size)
+    x = torch.randn(3, 200, dtype=torch.float64)
+    torch.testing.assert_close(torch.ops.fp6.mm(x, *arguments), x @ exact.T, rtol=1e-6, atol=1e-6)
+    assert torch.ops.fp6.mm(x[:0].half(), *arguments).shape == (0, 8)
+
+
+def test_infinities_and_nan_reach_the_result(path):
+    """An FP32 activation is multiplied in three parts; those of an infinity must not make it NaN."""
+    codes = torch.ones(4, 64, dtype=torch.uint8)
+    fmt = FORMATS["e3m2"]
+    weight = cpu.Weight(*pack(codes, fmt, CPU), torch.ones(1, 4), fmt, None)
+    for dtype in DTYPES:
+        x = torch.zeros(3, 64, dtype=dtype)
+        x[0, 3], x[1, 3], x[2, 3] = math.inf, -math.inf, math.nan
+        out = cpu.by_kernel(path, x, weight)
+        assert out[0].eq(math.inf).all()
+        assert out[1].eq(-math.inf).all()
+        assert out[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 9, 200])
+def test_threads_do_not_change_a_bit(path, dtype, m):
+    weight, _ = _weight(270, 1024, 64)
+    x = torch.randn(m, 1024).to(dtype)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(cpu.by_kernel(path, x, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_vendor_matmuls_between_ours():
+    """oneDNN keeps a tile configuration in the same threads."""
+    weight, exact = _weight(64, 256)
+    x, w = torch.randn(33, 256).bfloat16(), exact.bfloat16()
+    theirs, ours = x @ w.T, cpu.mm(x, weight.w4, weight.w2, weight.scale, weight.fmt, None)
+    for _ in range(3):
+        assert torch.equal(x @ w.T, theirs)
+        assert torch.equal(cpu.mm(x, weight.w4, weight.w2, weight.scale, weight.fmt, None), ours)
+
+
+def test_planes_of_another_size_are_refused():
+    weight, _ = _weight(8, 128)
+    x = torch.randn(1, 128)
+    with pytest.raises(ValueError, match=r"do not hold a weight \[8, 128\] in layout cpu.v1"):
+        torch.ops.fp6.mm(x, weight.w4[:1], weight.w2, weight.scale, "e3m2", CPU, None)
+    with pytest.raises(ValueError, match="need uint8, uint8 and float32"):
+        torch.ops.fp6.mm(x, weight.w4, weight.w2, weight.scale.half(), "e3m2", CPU, None)
+
+
+_BUILD = "from fp6_compile.kernels.cpu import mm; print(*mm.supported_paths())"
+
+
+def test_several_processes_build_at_once(tmp_path):
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _BUILD], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    outputs = {process.communicate()[0].strip() for process in processes}
+    assert outputs == {" ".join(cpu.supported_paths())}
+    assert len(list((tmp_path / "fp6_compile").iterdir())) == 1
+
+
+def test_the_library_is_built_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    library = build._build()
+    monkeypatch.setattr(build, "_run_all", None)
+    assert build._build() == library
+    monkeypatch.setattr(build, "_FLAGS", [*build._FLAGS, "-DOTHER"])
+    with pytest.raises(TypeError):
+        build._build()
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/c++", "false"])
+def test_without_a_compiler_plain_torch_and_one_warning(compiler, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: compiler)
+    weight, exact = _weight(40, 300)
+    x = torch.randn(2, 300)
+    cached = (build.library, cpu.supported_paths)
+    for function in cached:
+        function.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, logger="fp6_compile"):
+            for _ in range(2):
+                out = torch.ops.fp6.mm(x, weight.w4, weight.w2, weight.scale, "e3m2", CPU, None)
+                torch.testing.assert_close(out, x @ exact.float().T)
+    finally:
+        for function in cached:
+            function.cache_clear()
+    (record,) = caplog.records
+    assert "Install a C++20 compiler (Debian: apt install g++; conda: conda install gxx)" in record.message
+
+
+def test_sanitizers_on_odd_shapes(tmp_path):
+    """Address and undefined-behaviour sanitizers, over a driver without torch (tests/sanitize_cpu.cpp)."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no g++ or clang++")
+    objects, _ = build.commands(compiler)
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
+    probe = subprocess.run(
+        [compiler, *sanitize, "-x", "c++", "-", "-o", "probe"], input="int main(){}", cwd=tmp_path, text=True
+    )
+    if probe.returncode:
+        pytest.skip("the compiler lacks the sanitizers")
+    for command in objects.values():
+        subprocess.run([*command, *sanitize, "-DFP6_SERIAL"], cwd=tmp_path, check=True)
+    main = ["-std=c++20", str(ROOT / "tests" / "sanitize_cpu.cpp"), *(f"{name}.o" for name in objects)]
+    subprocess.run([compiler, *sanitize, *main, "-o", "main"], cwd=tmp_path, check=True)
+    result = subprocess.run(["./main"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("clean")
