@@ -121,6 +121,7 @@ def _row_blocks(n: int, k: int, granularity: int) -> Iterator[tuple[slice, slice
 
 
 _lib.impl("dequantize", dequantize, "CompositeExplicitAutograd")
+_lib.impl("mm", mm_by_rows, "CompositeExplicitAutograd")
 _lib.impl("mm", mm_on_cpu, "CPU")
 _lib.impl("mm", mm_on_gpu, "CUDA")
 
