@@ -39,7 +39,9 @@ def _bert():
 
 
 def _mixtral():
-    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**LLAMA, num_local_experts=4))
+    # All experts for every token: with fewer, a rounding can change which ones are chosen, and with it the output.
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 4}
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**LLAMA, **experts))
 
 
 def _phi3():
