@@ -68,11 +68,13 @@ fp6.reset = _reset  # type: ignore[attr-defined]  # torch._dynamo.reset() calls 
 
 def _inductor_patches(options: Options) -> dict[str, Any]:
     """Settings of mode and user, and our pass after the passes that the user has set."""
-    try:
-        # torch's own wrapper, because it knows the modes, checks names and types, and prepares CUPTI for CUDA graphs.
-        settings = torch._TorchCompileInductorWrapper(options.mode, dict(options.inductor), None).config
-    except RuntimeError as error:
-        raise ValueError(f"fp6: option {'inductor' if options.inductor else 'mode'!r}: {error}") from error
+    settings: dict[str, Any] = {}
+    for option, mode, given in (("mode", options.mode, {}), ("inductor", None, dict(options.inductor))):
+        try:
+            # torch's own wrapper, because it knows the modes, checks names and types, and prepares CUPTI for CUDA graphs.
+            settings |= torch._TorchCompileInductorWrapper(mode, given, None).config
+        except RuntimeError as error:
+            raise ValueError(f"fp6: option {option!r}: {error}") from error
     if settings.get("use_joint_graph_passes") is False:
         raise ValueError(f"fp6: mode={options.mode!r} or use_joint_graph_passes=False turn off the pass that fp6 needs")
     theirs = settings.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)

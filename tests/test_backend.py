@@ -76,6 +76,10 @@ BAD_OPTIONS = {
     "float32": ({"float32": 1}, "fp6: option 'float32' got 1, needs True or False"),
     "strict": ({"strict": "yes"}, "fp6: option 'strict' got 'yes', needs True or False"),
     "mode": ({"mode": "fast"}, "fp6: option 'mode': .*mode=fast, should be one of: default, .*reduce-overhead"),
+    "mode beside inductor": (
+        {"mode": "fast", "inductor": {"max_autotune": True}},
+        "fp6: option 'mode': .*mode=fast, should be one of: default, .*reduce-overhead",
+    ),
     "mode type": ({"mode": 1}, "fp6: option 'mode' got 1, needs the name of a torch.compile mode"),
     "mode lite": (
         {"mode": "lite"},

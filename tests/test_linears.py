@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fp6_compile
 from tests.support import close, dequantized_
@@ -261,6 +262,24 @@ def test_refused_place(function, captured):
     """Matmuls in which the weight is not where a linear has it."""
     reason = _refused(Form(function).half(), torch.randn(2, K).half(), captured)
     assert reason.startswith("multiplied only through ")
+
+
+def test_refused_tensor_subclass(captured):
+    """Such as a weight that another library has quantized."""
+    model = Form(F.linear)
+    model.weight = nn.Parameter(TwoTensor(torch.randn(N, K).half(), torch.randn(N, K).half()), requires_grad=False)
+    with torch.no_grad():
+        torch.compile(model, backend="fp6")(torch.randn(2, K).half())
+    (linear,) = fp6_compile.last_report().linears
+    assert linear.reason == "a tensor subclass, TwoTensor"
+
+
+def test_refused_device(captured):
+    model = Form(F.linear).half().to("meta")
+    with torch.no_grad():
+        torch.compile(model, backend="fp6")(torch.empty(2, K, device="meta").half())
+    (linear,) = fp6_compile.last_report().linears
+    assert linear.reason == "on device 'meta'"
 
 
 def test_refused_buffer(captured):
