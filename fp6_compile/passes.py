@@ -79,7 +79,8 @@ def _shows(node: Node, rows_first: bool) -> bool:
 
 
 def _weight_is(name: str, rows_first: bool = False) -> Any:
-    return lambda match: _shows(match.kwargs[name], rows_first)
+    # Keywords that a pattern does not name are passed over by the matcher, and addmm's beta and alpha are such.
+    return lambda match: not match.output_node().kwargs and _shows(match.kwargs[name], rows_first)
 
 
 def _packed(node: Node) -> tuple[Any, ...]:

@@ -4,7 +4,10 @@ import expecttest
 import pytest
 import torch
 from torch import nn
+from torch._inductor.virtualized import V
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from fp6_compile.passes import FP6Pass
 from tests.support import Captured, close, dequantized_, without_codegen
 
 
@@ -246,29 +249,39 @@ def test_users_own_pass_is_kept(captured):
     assert captured.targets() == ["fp6.mm", "aten.add.Tensor"]
 
 
-@pytest.mark.parametrize("cut", [lambda w: w[:128], lambda w: w.view(128, 512), lambda w: w[:, ::2]])
-def test_views_that_are_not_the_weight(cut):
-    """The strides tell a whole weight from a part or another shape of it, whatever the chain of views."""
-    from torch._inductor.virtualized import V
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    from fp6_compile.passes import FP6Pass
-
+def _through_the_pass(function, x):
+    """(the graph of function(x, dequantized weight [256, 256]) after the pass, its result, the result before it)."""
     planes = [torch.zeros(256, 128, dtype=torch.uint8), torch.zeros(256, 64, dtype=torch.uint8), torch.ones(1, 256)]
+    planes[0].random_(256)
 
     def f(x, *planes):
-        w = torch.ops.fp6.dequantize(*planes, "e3m2", "planes.v1", None, 256, torch.float16)
-        return x @ cut(w).t()
+        return function(x, torch.ops.fp6.dequantize(*planes, "e3m2", "planes.v1", None, 256, torch.float16))
 
-    x = torch.randn(3, cut(torch.empty(256, 256)).shape[1]).half()
     gm = make_fx(f, tracing_mode="fake")(x, *planes)
     fake_mode = torch._guards.detect_fake_mode([node.meta.get("val") for node in gm.graph.nodes])
     with fake_mode, V.set_fake_mode(fake_mode):  # as compile_fx has them
         FP6Pass("")(gm.graph)
-    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.fp6.mm.default)
-    assert not gm.graph.find_nodes(op="call_function", target=torch.ops.fp6.dequantize.default)  # decomposed
     gm.recompile()
-    torch.testing.assert_close(gm(x, *planes), f(x, *planes), rtol=0, atol=0)
+    return gm.graph, gm(x, *planes), f(x, *planes)
+
+
+@pytest.mark.parametrize("cut", [lambda w: w[:128], lambda w: w.view(128, 512), lambda w: w[:, ::2]])
+def test_views_that_are_not_the_weight(cut):
+    """The strides tell a whole weight from a part or another shape of it, whatever the chain of views."""
+    x = torch.randn(3, cut(torch.empty(256, 256)).shape[1]).half()
+    graph, actual, expected = _through_the_pass(lambda x, w: x @ cut(w).t(), x)
+    assert not graph.find_nodes(op="call_function", target=torch.ops.fp6.mm.default)
+    assert not graph.find_nodes(op="call_function", target=torch.ops.fp6.dequantize.default)  # decomposed
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("factor", ["beta", "alpha"])
+def test_addmm_with_factors_is_not_the_sum_that_it_looks_like(factor):
+    """Inductor's matcher passes over keywords that a pattern does not name."""
+    x = torch.randn(3, 256).half()
+    graph, actual, expected = _through_the_pass(lambda x, w: torch.addmm(x[0], x, w.t(), **{factor: 0.5}), x)
+    assert not graph.find_nodes(op="call_function", target=torch.ops.fp6.mm.default)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_gradient_of_the_input(captured):
