@@ -84,6 +84,15 @@ def mm_on_gpu(
     return out.view(*x.shape[:-1], scale.shape[1])
 
 
+def mm_by_vendor(
+    x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, *scratch: Tensor, format: str, group_size: int | None
+) -> Tensor:
+    """`x @ W.T` of x [M, K] on a GPU by a dequantized copy. Inductor times it against the kernel: it gets `scratch`, too."""
+    from fp6_compile.kernels import launch
+
+    return launch.vendor_mm(x, w4, w2, scale, get_format(format), group_size)
+
+
 def mm_on_cpu(
     x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:

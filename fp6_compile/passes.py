@@ -122,6 +122,48 @@ def _addmm(match: Match, bias: Node, x: Node, w: Node) -> None:
     match.replace_by_example(_fp6_mm_bias, [bias, x, *_packed(w)])
 
 
+def _is_row_times_weight(match: Match) -> bool:
+    x, w, last, dims = (match.kwargs[name] for name in ("x", "w", "last", "dims"))
+    ndim = x.meta["val"].dim()
+    return (
+        last in (ndim, -1)
+        and list(dims) == [ndim - 1]
+        and _shows(w, rows_first=False)
+        and _sixteen_bits(x, w) is not None
+    )
+
+
+def _sixteen_bits(x: Node, w: Node) -> Node | None:
+    """`x` before it was cast to the float32 that the products are taken in, as the weight was."""
+    dtype = presented_weight(w)[0].meta["val"].dtype  # type: ignore[index]
+    if x.target is prims.convert_element_type.default and x.meta["val"].dtype == torch.float32:
+        x = x.args[0]  # type: ignore[assignment]
+    return x if x.meta["val"].dtype == dtype else None
+
+
+# What Inductor makes of a matmul of one row, before any pass, when it tunes by coordinate descent (mode="max-autotune").
+@register_graph_pattern(
+    CallFunction(
+        aten.sum.dim_IntList,
+        CallFunction(
+            aten.mul.Tensor,
+            CallFunction(aten.unsqueeze.default, KeywordArg("x"), KeywordArg("last")),
+            KeywordArg("w"),
+        ),
+        KeywordArg("dims"),
+    ),
+    extra_check=_is_row_times_weight,
+    pass_dict=_matmuls,
+)
+def _row_times_weight(match: Match, x: Node, w: Node, last: int, dims: Sequence[int]) -> None:
+    dtype = match.output_node().meta["val"].dtype
+
+    def rounded(x: Tensor, *packed: Any) -> Tensor:
+        return fp6.mm(x, *packed).to(dtype)
+
+    match.replace_by_example(rounded, [_sixteen_bits(x, w), *_packed(w)])
+
+
 @register_graph_pattern(CallFunction(fp6.dequantize.default, *[Arg() for _ in range(8)]), pass_dict=_leftovers)
 def _leftover(match: Match, *args: Any) -> None:
     count("decomposed")

@@ -12,7 +12,7 @@ import torch
 
 from fp6_compile.formats import FORMATS, Format
 from fp6_compile.kernels import mm
-from fp6_compile.kernels.config import config_for, constexprs
+from fp6_compile.kernels.config import Device, config_for, constexprs
 from fp6_compile.packing import BLOCK_K
 from tests.deviceless.machine import Compiled, compile_kernel
 from tests.test_kernels import BF16, F16, F32, show
@@ -31,12 +31,13 @@ def compiled(
 ) -> tuple[Compiled, int]:
     """The eager kernel for `target`, and the weights that a thread unpacks in an iteration."""
     nvidia = target.startswith("sm")
-    tile = config_for(m, n, k, group, dtype, hip=not nvidia)
+    tile = config_for(m, n, k, group, dtype, Device(target))
     constants = constexprs(tile, fmt, group, k, use_asm=nvidia)
     types = {"X": TYPES[dtype], "W4": "*i16", "W2": "*i16", "SCALE": "*fp32", "OUT": TYPES[dtype]}
+    types |= {"PARTS": "*fp32", "LOCKS": "*i32"}
     types |= dict.fromkeys(("M", "N", "K", "stride_xm"), "i32")
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    aligned = ["X", "W4", "W2", "SCALE", "OUT", "N", "K", "stride_xm"]
+    aligned = ["X", "W4", "W2", "SCALE", "OUT", "PARTS", "LOCKS", "N", "K", "stride_xm"]
     result = compile_kernel(mm.mm_kernel, types, constants, target, divisible_by_16=aligned, **options)
     return result, tile.BLOCK_N * BLOCK_K // (tile.num_warps * (32 if nvidia else 64))
 

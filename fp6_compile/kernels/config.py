@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,16 +12,31 @@ from fp6_compile.packing import BLOCK_K, SLAB
 
 
 @dataclass(frozen=True)
+class Device:
+    """What the choice of a tile depends on besides the problem.
+
+    arch: "sm_90" and the like, "gfx942", or "" where it is not known. multiprocessors: how many, or compute units.
+    wgmma: whether Hopper's asynchronous matrix instruction may be used (selftest.py).
+    """
+
+    arch: str = ""
+    multiprocessors: int = 132
+    wgmma: bool = False
+
+
+@dataclass(frozen=True)
 class Config:
-    """A tile of BLOCK_N weight rows by BLOCK_M rows of x."""
+    """A tile of BLOCK_N weight rows by BLOCK_M rows of x, shared by SPLIT_K programs; JOIN slabs of weights a dot."""
 
     BLOCK_N: int
     BLOCK_M: int
     num_warps: int
     num_stages: int
+    SPLIT_K: int = 1
+    JOIN: int = 1
 
 
-# Tiles by largest M; beyond the last, the last. The figures behind them: tests/test_kernels_machine.py.
+# Tiles by largest M; beyond the last, the last. The figures behind them: `python -m benchmarks.sass`.
 #
 # Two warps, because four make a warp group: Hopper then takes wgmma and Blackwell tcgen05 (up to Triton 3.7 not for 8
 # columns, from 3.9 always). wgmma with its left operand in registers is miscompiled by ptxas 12.8 and 12.9; tcgen05 would
@@ -35,8 +51,27 @@ _NARROW_GROUPS = {8: _NARROW[8], 16: _NARROW[16], 32: Config(32, 32, 2, 2)}
 _FP32 = {8: Config(32, 8, 4, 2), 16: Config(32, 16, 4, 2)}
 # AMD: matrix instructions start at 16 columns, and 64 KB of shared memory hold two stages.
 _HIP = {16: Config(64, 16, 4, 2), 32: Config(128, 32, 4, 2)}
-# Programs that keep a large GPU busy (an H200 has 132 multiprocessors); a grid below it takes narrow tiles.
-_BUSY = 192
+# More rows of x than these tiles are for. Hopper: dots of four slabs, each finished before the next unpack.
+LARGEST_MMA_M = 64
+_WGMMA = Config(128, 128, 8, 2, JOIN=4)
+_WGMMA_GROUPS = Config(128, 64, 8, 2, JOIN=4)
+_MANY_WARPS = Config(128, 128, 8, 2)  # where no instruction works on warp groups
+_WITHOUT_WARP_GROUPS = ("sm_80", "sm_86", "sm_89", "sm_120")
+
+# From this M on, the vendor's matmul on a dequantized copy is the faster way: writing and reading that copy costs the same
+# at any M, and the vendor's kernel is faster by a little for every row of x. A model (DESIGN.md), not yet a measurement.
+_VENDOR_FROM = {True: 1024, False: 256}  # by wgmma
+_VENDOR_FROM_GROUPS = {True: 512, False: 128}
+
+# Warps a multiprocessor, all in flight at once, that hide the latency of memory and of unpacking. Half of them are enough
+# for a wide tile, which unpacks less often than a narrow one.
+_WARPS = 8
+_MOST_PARTS = 16
+# Counters that a launch of split tiles finds and leaves at zero, one a tile: only what does not fill the device is split.
+LOCKS = 4096
+# Parts are written and read once, 8 bytes an output, in the second-level cache: at most a quarter of the weight's 0.75 bytes
+# where those bytes are what takes the time, as many where it is arithmetic.
+_PARTS_PER_INPUT = {True: 0.25 * 0.75 / 8, False: 0.75 / 8}  # by m <= LARGEST_MMA_M
 
 
 def config_for(
@@ -45,22 +80,76 @@ def config_for(
     k: int,
     group_size: int | None = None,
     dtype: torch.dtype = torch.float16,
-    *,
-    hip: bool = torch.version.hip is not None,
-) -> Config:
-    """The tile for x [m, k] of `dtype` and a weight [n, k]. Pure: it asks no device, so a compile cache may keep it."""
-    if dtype == torch.float32 or hip:
-        return _at(_FP32 if dtype == torch.float32 else _HIP, m)
-    wide = _at(_WIDE if group_size is None else _WIDE_GROUPS, m)
+    device: Device = Device(),
+) -> Config | None:
+    """The tile for x [m, k] of `dtype` and a weight [n, k]; None: dequantize, and use the vendor's matmul.
+
+    Pure: it asks no device, so a compile cache may keep it.
+    """
+    return candidates(m, n, k, group_size, dtype, device)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def candidates(
+    m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, device: Device
+) -> tuple[Config | None, ...]:
+    """At most six choices worth timing, as `config_for`'s, which is the first."""
+    wide, narrow = (_split(tile, m, n, k, device) for tile in _tiles(m, group_size, dtype, device))
+    first, second = (wide, narrow) if _warps(wide, m, n) >= _WARPS // 2 * device.multiprocessors else (narrow, wide)
+    tiles: list[Config | None] = [first]
+    if second != first:
+        tiles.append(second)
+    tiles += [replace(first, SPLIT_K=parts) for parts in _other_parts(first, m, n, k, device)]
+    if first.JOIN == 1:
+        tiles.append(replace(first, num_stages=3 if first.num_stages == 4 else first.num_stages + 1))
+    if dtype != torch.float32 and m > LARGEST_MMA_M:
+        vendor_from = (_VENDOR_FROM if group_size is None else _VENDOR_FROM_GROUPS)[device.wgmma]
+        tiles = [None, *tiles] if m >= vendor_from else [first, None, *tiles[1:]]
+    return tuple(tiles[:6])
+
+
+def _tiles(m: int, group_size: int | None, dtype: torch.dtype, device: Device) -> tuple[Config, Config]:
+    """A wide and a narrow tile; the same one twice where there is only one."""
+    if dtype == torch.float32 or device.arch.startswith("gfx"):
+        return (_at(_FP32 if dtype == torch.float32 else _HIP, m),) * 2
+    if m > LARGEST_MMA_M and device.wgmma:
+        return _WGMMA if group_size is None else _WGMMA_GROUPS, _WGMMA_GROUPS
+    if m > LARGEST_MMA_M and group_size is None and device.arch in _WITHOUT_WARP_GROUPS:
+        return _MANY_WARPS, _WIDE[64]
+    if group_size is None:
+        return _at(_WIDE, m), _at(_NARROW, m)
+    narrow = _at(_NARROW_GROUPS, m)
     # Groups of one slab, and of three, five, ...: eight partial sums a block, which ptxas likes to hold at once.
-    crowded = group_size is not None and group_size % (2 * SLAB) != 0 and m > 16
-    if -(-n // wide.BLOCK_N) * -(-m // wide.BLOCK_M) >= _BUSY and not crowded:
-        return wide
-    return _at(_NARROW if group_size is None else _NARROW_GROUPS, m)
+    crowded = group_size % (2 * SLAB) != 0 and m > 16
+    return (narrow if crowded else _at(_WIDE_GROUPS, m)), narrow
 
 
 def _at(tiles: dict[int, Config], m: int) -> Config:
     return next((tile for largest, tile in tiles.items() if m <= largest), tiles[max(tiles)])
+
+
+def _warps(config: Config, m: int, n: int) -> int:
+    return -(-n // config.BLOCK_N) * -(-m // config.BLOCK_M) * config.SPLIT_K * config.num_warps
+
+
+def _split(tile: Config, m: int, n: int, k: int, device: Device) -> Config:
+    """The tile with K split so that the programs just fill the device, in one wave."""
+    wanted = _WARPS * device.multiprocessors // _warps(tile, m, n)
+    return replace(tile, SPLIT_K=_parts(wanted, m, k))
+
+
+def _parts(wanted: int, m: int, k: int) -> int:
+    """At most `wanted` parts of K, none empty, each of two blocks or more, so many as their sums' traffic allows."""
+    blocks = -(-k // BLOCK_K)
+    parts = max(1, min(wanted, blocks // 2, _MOST_PARTS, int(_PARTS_PER_INPUT[m <= LARGEST_MMA_M] * k / m)))
+    return -(-blocks // -(-blocks // parts))
+
+
+def _other_parts(config: Config, m: int, n: int, k: int, device: Device) -> list[int]:
+    """Half as many parts, and twice as many unless the device is full already: as far as there are such."""
+    full = _warps(config, m, n) >= _WARPS * device.multiprocessors
+    others = [config.SPLIT_K // 2] if full else [config.SPLIT_K // 2, config.SPLIT_K * 2]
+    return sorted({_parts(wanted, m, k) for wanted in others} - {config.SPLIT_K})
 
 
 def constexprs(config: Config, fmt: Format, group_size: int | None, k: int, use_asm: bool) -> dict[str, int | bool]:
@@ -68,6 +157,8 @@ def constexprs(config: Config, fmt: Format, group_size: int | None, k: int, use_
     return {
         "BLOCK_N": config.BLOCK_N,
         "BLOCK_M": config.BLOCK_M,
+        "SPLIT_K": config.SPLIT_K,
+        "JOIN": config.JOIN,
         "GROUP_SIZE": group_size or 0,
         "EVEN_K": k % BLOCK_K == 0,
         "EXPONENT_BITS": fmt.exponent_bits,

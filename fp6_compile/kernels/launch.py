@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
-import triton
 from torch import Tensor
 
 from fp6_compile.formats import Format
-from fp6_compile.kernels.config import config_for, constexprs
-from fp6_compile.kernels.mm import mm_kernel
+from fp6_compile.kernels.dequantize import dequantize
+from fp6_compile.kernels.device import choices
+from fp6_compile.kernels.run import run
+from fp6_compile.packing import ROWS
 
-# TRITON_INTERPRET is read by triton.jit, when the kernel is defined.
-INTERPRETED = not isinstance(mm_kernel, triton.runtime.JITFunction)
-
-
-def uses_asm(device_type: str) -> bool:
-    """Whether the kernel for `device_type` ("cuda", "cpu", ...) unpacks by PTX: only on NVIDIA, never interpreted."""
-    return device_type == "cuda" and torch.version.hip is None and not INTERPRETED
+# Floats of the weight that exist at a time on the way through the vendor's matmul: 128 MiB of float16.
+_SCRATCH = 1 << 26
 
 
 def mm(x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, fmt: Format, group_size: int | None) -> Tensor:
@@ -35,20 +29,26 @@ def mm(x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, fmt: Format, group_size
         [M, N], contiguous, of x's dtype: products summed in float32, scaled, rounded once.
     """
     (m, k), n = x.shape, scale.shape[1]
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if m == 0 or n == 0:
-        return out
+        return torch.empty(m, n, dtype=x.dtype, device=x.device)
+    config = choices(x.device, m, n, k, group_size, x.dtype, fmt)[0]
+    if config is None:
+        return vendor_mm(x, w4, w2, scale, fmt, group_size)
     if x.stride(1) != 1:
         x = x.contiguous()
-    config = config_for(m, n, k, group_size, x.dtype)
-    constants = constexprs(config, fmt, group_size, k, uses_asm(x.device.type))
-    options = {} if INTERPRETED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    grid = (triton.cdiv(n, config.BLOCK_N) * triton.cdiv(m, config.BLOCK_M),)
-    with _device_of(x):
-        mm_kernel[grid](x, w4, w2, scale, out, m, n, k, x.stride(0), **constants, **options)
+    return run(config, x, w4, w2, scale, fmt, group_size)
+
+
+def vendor_mm(x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, fmt: Format, group_size: int | None) -> Tensor:
+    """The same by way of the vendor's matmul, some rows of the weight at a time as floats. x is not float32.
+
+    Rounds as a float weight would: each weight once to x's dtype, the sum once.
+    """
+    (m, k), n = x.shape, scale.shape[1]
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    tiles = max(1, _SCRATCH // (k * ROWS))
+    for first in range(0, w4.shape[0], tiles):
+        rows, planes = slice(first * ROWS, (first + tiles) * ROWS), slice(first, first + tiles)
+        weight = dequantize(w4[planes], w2[planes], scale[:, rows], fmt, group_size, k, x.dtype)
+        torch.mm(x, weight.T, out=out[:, rows])
     return out
-
-
-def _device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be x's."""
-    return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)

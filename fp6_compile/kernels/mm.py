@@ -8,6 +8,10 @@ One body, `accumulate`, for the eager kernel below and for the Inductor template
   contiguous piece of x: nothing is permuted. Eight dots a block.
 - Products are summed in float32. A scale per row multiplies the finished sum; a scale per group multiplies the partial sum
   of the slabs that share it; no scale ever multiplies a weight.
+- JOIN slabs become one dot. With wgmma (config.py says when) a dot's result is always finished, and scaled, before the next
+  block is unpacked: its left operand's registers are then free.
+- SPLIT_K programs share a tile, each with a stretch of K, where tiles alone would not fill the GPU. Who adds up their sums:
+  the kernel that follows (lowerings/mm.py), or the program that comes last (`reduce`), always in the same order.
 - N past the end reads the last tile of rows again (its results are not stored); K past the end meets code 0 in the weight,
   and zeros in x, for 0 times whatever lies there may be NaN.
 
@@ -37,7 +41,8 @@ _LIFT = tl.constexpr({f.exponent_bits: f.lift(torch.float16) for f in FORMATS.va
 
 
 @triton.constexpr_function
-def _lift(exponent_bits):
+def lift(exponent_bits):
+    """What float16 weights out of `unpack` are too small by."""
     return _LIFT.value[exponent_bits]
 
 
@@ -45,6 +50,30 @@ def _lift(exponent_bits):
 def _slabs_per_scale(group_size):
     """Slabs of a block whose products share a scale: a group that straddles blocks is summed in pieces."""
     return math.gcd(group_size, _BLOCK_K.value) // _SLAB.value
+
+
+@triton.jit
+def _joined(w, FIRST: tl.constexpr, COUNT: tl.constexpr, STEP: tl.constexpr = 1):
+    """Slabs FIRST, FIRST + STEP, ... of `w`, with an axis for each bit of the slab's number, highest first: [n, k, ...]."""
+    if COUNT == 1:
+        return w[FIRST]
+    else:  # noqa: RET505 (Triton needs it)
+        even = _joined(w, FIRST, COUNT // 2, 2 * STEP)
+        odd = _joined(w, FIRST + STEP, COUNT // 2, 2 * STEP)
+        return tl.join(even, odd)
+
+
+@triton.jit
+def _side_by_side(w, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT slabs [n, 32] of the tuple `w`, from FIRST on, as one tile [n, 32 * COUNT]."""
+    joined = _joined(w, FIRST, COUNT)
+    if COUNT == 2:
+        joined = tl.permute(joined, (0, 2, 1))
+    elif COUNT == 4:
+        joined = tl.permute(joined, (0, 2, 3, 1))
+    elif COUNT == 8:
+        joined = tl.permute(joined, (0, 2, 3, 4, 1))
+    return tl.reshape(joined, [joined.shape[0], COUNT * _SLAB])
 
 
 @triton.jit
@@ -59,39 +88,50 @@ def accumulate(
     stride_xm,
     pid_n,
     pid_m,
+    pid_k,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    JOIN: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     EVEN_K: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """The finished tile (pid_n, pid_m) of the product's transpose: float32 [BLOCK_N, BLOCK_M].
+    """Tile (pid_n, pid_m) of the product's transpose, over the pid_k-th part of K, scaled: float32 [BLOCK_N, BLOCK_M].
 
     X: [M, K] float16, bfloat16 or float32, rows stride_xm apart, unit stride along K.
     W4, W2: int16 words, the slab layout of X's dtype (packing.layout_for). SCALE: [G, N] float32.
+    SPLIT_K: parts of K. JOIN: slabs in a dot; more than one only where a dot must be finished before the next unpack.
     GROUP_SIZE: inputs per scale, a multiple of 32, or 0 for one scale a row. EVEN_K: K is a multiple of 256.
     The rest of the constants come from config.constexprs.
     """
     BF16: tl.constexpr = X.dtype.element_ty == tl.bfloat16
+    # A sum over the slabs that share a scale; without groups, the accumulator itself is that sum, unless dots are joined.
+    PARTIAL: tl.constexpr = GROUP_SIZE > 0 or JOIN > 1
     PER_SCALE: tl.constexpr = _slabs_per_scale(GROUP_SIZE)
+    DOT: tl.constexpr = JOIN if JOIN < PER_SCALE else PER_SCALE
     blocks = tl.cdiv(K, _BLOCK_K)
+    share = tl.cdiv(blocks, SPLIT_K)
+    begin = pid_k * share
+    end = tl.minimum(begin + share, blocks)
     # Where a tile begins may lie past 2^31 words; inside it, 32-bit offsets are enough and take half the registers.
     rows = tl.arange(0, BLOCK_N)
     rows_left = tl.minimum(rows, N - 1 - pid_n * BLOCK_N)
     word = (rows % _ROWS)[:, None] * _SLAB + tl.arange(0, _SLAB)[None, :]
     block = (rows_left // _ROWS)[:, None] * blocks * _WORDS
-    first = tl.cast(pid_n, tl.int64) * (BLOCK_N // _ROWS) * blocks * _WORDS
+    first = (tl.cast(pid_n, tl.int64) * (BLOCK_N // _ROWS) * blocks + begin) * _WORDS
     w4 = W4 + 2 * first + (2 * block + word)
     w2 = W2 + first + (block + word)
-    k = tl.arange(0, _SLAB)[:, None]
+    k = tl.arange(0, DOT * _SLAB)[:, None]
     column = tl.arange(0, BLOCK_M)[None, :]
-    x = X + tl.cast(pid_m, tl.int64) * BLOCK_M * stride_xm + (column * stride_xm + k)
+    x = X + tl.cast(pid_m, tl.int64) * BLOCK_M * stride_xm + begin * _BLOCK_K + (column * stride_xm + k)
     # The mask compares these with M: offsets within the tile, compared with what is left of M, take 68 more registers.
     column += pid_m * BLOCK_M
     scale = SCALE + pid_n * BLOCK_N + rows_left
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for kb in range(blocks):
+    factor = tl.load(scale)[:, None]
+    for kb in range(begin, end):
         a0 = tl.load(w4, eviction_policy="evict_first")
         a1 = tl.load(w4 + _WORDS, eviction_policy="evict_first")
         b = tl.load(w2, eviction_policy="evict_first")
@@ -102,22 +142,46 @@ def accumulate(
                 if not EVEN_K:
                     group = tl.minimum(group, (K - 1) // GROUP_SIZE)
                 factor = tl.load(scale + group * N)[:, None]
-            part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if GROUP_SIZE > 0 else acc
-            for j in tl.static_range(g * PER_SCALE, (g + 1) * PER_SCALE):
+            part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32) if PARTIAL else acc
+            for j in tl.static_range(g * PER_SCALE, (g + 1) * PER_SCALE, DOT):
                 inside = column < M
                 if not EVEN_K:
                     inside = inside & (kb * _BLOCK_K + j * _SLAB + k < K)
                 tile = tl.load(x + j * _SLAB, mask=inside, other=0.0)
-                part = tl.dot(w[j].to(tile.dtype), tile, part, input_precision="ieee")
-            acc = acc + part * factor if GROUP_SIZE > 0 else part
+                part = tl.dot(_side_by_side(w, j, DOT).to(tile.dtype), tile, part, input_precision="ieee")
+            acc = acc + part * factor if PARTIAL else part
         w4 += 2 * _WORDS
         w2 += _WORDS
         x += _BLOCK_K
     if not BF16:
-        acc *= _lift(EXPONENT_BITS)
-    if GROUP_SIZE == 0:
-        acc *= tl.load(scale)[:, None]
-    return acc
+        acc *= lift(EXPONENT_BITS)
+    return acc if PARTIAL else acc * factor
+
+
+@triton.jit
+def reduce(acc, PARTS, LOCKS, M, N, pid_n, pid_m, pid_k, SPLIT_K: tl.constexpr):
+    """The sum of the SPLIT_K tiles `acc` of one place, and whether this program is the last one, which alone has the sum.
+
+    PARTS: float32 [SPLIT_K, M, N], scratch. LOCKS: int32, one per tile, all zero before and after a launch.
+    The parts are added in the order of pid_k, whoever comes last: the same bits every time.
+    """
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    inside = (n < N) & (m < M)
+    place = PARTS + tl.cast(m, tl.int64) * N + n
+    tl.store(place + pid_k * M * N, acc, mask=inside)
+    lock = LOCKS + pid_n * tl.cdiv(M, BLOCK_M) + pid_m
+    # The barrier: one thread's release speaks for the stores of all threads of this program.
+    tl.debug_barrier()
+    last = tl.atomic_add(lock, 1, sem="acq_rel") == SPLIT_K - 1
+    total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for part in range(SPLIT_K):
+        # .cg: past the first-level cache, which is not coherent.
+        total += tl.load(place + part * M * N, mask=inside & last, other=0.0, cache_modifier=".cg")
+    tl.store(lock, 0, mask=last)
+    return total, last
 
 
 @triton.jit
@@ -127,19 +191,27 @@ def mm_kernel(
     W2,
     SCALE,
     OUT,
+    PARTS,
+    LOCKS,
     M,
     N,
     K,
     stride_xm,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    JOIN: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     EVEN_K: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """OUT [M, N], contiguous, of X's dtype. One tile a program; the programs that read the same weights are neighbours."""
-    pid = tl.program_id(0)
+    """OUT [M, N], contiguous, of X's dtype. The programs that read the same weights are neighbours.
+
+    PARTS and LOCKS: see `reduce`; not read when SPLIT_K is 1.
+    """
+    pid_k = tl.program_id(0) % SPLIT_K
+    pid = tl.program_id(0) // SPLIT_K
     tiles_m = tl.cdiv(M, BLOCK_M)
     pid_n = pid // tiles_m
     pid_m = pid % tiles_m
@@ -154,8 +226,11 @@ def mm_kernel(
         stride_xm,
         pid_n,
         pid_m,
+        pid_k,
         BLOCK_N=BLOCK_N,
         BLOCK_M=BLOCK_M,
+        SPLIT_K=SPLIT_K,
+        JOIN=JOIN,
         GROUP_SIZE=GROUP_SIZE,
         EVEN_K=EVEN_K,
         EXPONENT_BITS=EXPONENT_BITS,
@@ -163,6 +238,9 @@ def mm_kernel(
     )
     n = tl.arange(0, BLOCK_N)[:, None]
     m = tl.arange(0, BLOCK_M)[None, :]
-    out = OUT + tl.cast(pid_m, tl.int64) * BLOCK_M * N + pid_n * BLOCK_N
     inside = (n < N - pid_n * BLOCK_N) & (m < M - pid_m * BLOCK_M)
+    if SPLIT_K > 1:
+        acc, last = reduce(acc, PARTS, LOCKS, M, N, pid_n, pid_m, pid_k, SPLIT_K)
+        inside = inside & last
+    out = OUT + tl.cast(pid_m, tl.int64) * BLOCK_M * N + pid_n * BLOCK_N
     tl.store(out + (m * N + n), acc.to(OUT.dtype.element_ty), mask=inside)

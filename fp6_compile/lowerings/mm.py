@@ -5,10 +5,12 @@ so that bias, activation, residual and casts run on the float32 accumulator befo
 [BLOCK_N, BLOCK_M]; `store_output` takes the indices as they are, and nothing is transposed back.
 
 With a symbolic M the tile must not be the first shape's: the call stays a call, and the launcher picks the tile each time.
+With a static M so large that a dequantized copy and the vendor's matmul are faster, it stays a call, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +18,26 @@ import sympy
 import torch
 
 from fp6_compile.formats import get_format
-from fp6_compile.kernels.config import config_for, constexprs
-from fp6_compile.kernels.launch import uses_asm
+from fp6_compile.kernels import device as kernels_device
+from fp6_compile.kernels.config import Config, constexprs
+from fp6_compile.kernels.run import uses_asm
 from fp6_compile.lowerings import _inductor as inductor
-from fp6_compile.ops import has_kernel
+from fp6_compile.lowerings import split_k
+from fp6_compile.ops import has_kernel, mm_by_vendor
 
 aten = torch.ops.aten
 
 
 @inductor.SymbolicGridFn
-def _grid(m: Any, n: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
-    return cdiv(n, meta["BLOCK_N"]) * cdiv(m, meta["BLOCK_M"]), 1, 1
+def _grid(*sizes_and_meta: Any, cdiv: Any) -> tuple[Any, int, int]:
+    *_, m, n, meta = sizes_and_meta  # of parts the sizes are [SPLIT_K, M, N]
+    return cdiv(n, meta["BLOCK_N"]) * cdiv(m, meta["BLOCK_M"]) * meta["SPLIT_K"], 1, 1
 
 
 _template = inductor.TritonTemplate(
     name="fp6_mm", grid=_grid, source=Path(__file__).with_name("fp6_mm.py.jinja").read_text()
 )
+_vendor = inductor.ExternKernelChoice(mm_by_vendor, "fp6_mm_by_vendor", has_out_variant=False)
 
 
 def lower_mm(x: Any, w4: Any, w2: Any, scale: Any, format: str, layout: str, group_size: int | None) -> Any:
@@ -41,25 +47,68 @@ def lower_mm(x: Any, w4: Any, w2: Any, scale: Any, format: str, layout: str, gro
     static = all(isinstance(size, sympy.Integer) and size > 0 for size in (m, n, k))
     if not (static and has_kernel(x.get_device(), x.get_dtype(), layout, group_size)):
         return _call_eager(x, w4, w2, scale, format, layout, group_size)
+    problem = (x.get_device(), int(m), int(n), int(k), group_size, x.get_dtype(), get_format(format))
+    configs = kernels_device.choices(*problem)
+    if not inductor.autotunes():
+        configs = configs[:1]
+    if configs == (None,):
+        return _call_eager(x, w4, w2, scale, format, layout, group_size)
     lower = inductor.lowerings
-    x, w4, w2, scale = inductor.realize_inputs(lower[aten.reshape](x, [m, k]), w4, w2, scale)
+    x, *planes = inductor.realize_inputs(lower[aten.reshape](x, [m, k]), w4, w2, scale)
     if x.get_stride()[1] != 1:
         x = lower[aten.clone](x, memory_format=torch.contiguous_format)
-    out = inductor.FixedLayout(x.get_device(), x.get_dtype(), [m, n])
-    config = config_for(int(m), int(n), int(k), group_size, x.get_dtype())
+    how = {"format": format, "group_size": group_size}
+    first = configs[0]
+    if first is not None and first.SPLIT_K > 1 and split_k.kernel_follows(inductor.V.graph.current_node):
+        out = _in_parts([x, *planes], [c for c in configs if c is not None and c.SPLIT_K == first.SPLIT_K], how)
+    else:
+        out = _whole([x, *planes], configs, how)
+    return lower[aten.reshape](out, [*leading, n])
+
+
+def _in_parts(inputs: list[Any], configs: Sequence[Config], how: Mapping[str, Any]) -> Any:
+    """[M, N] as the sum of parts of K, by the best of `configs`, which have equally many."""
+    x, count = inputs[0], configs[0].SPLIT_K
+    out = inductor.FixedLayout(x.get_device(), torch.float32, [count, x.get_size()[0], inputs[3].get_size()[1]])
     choices: list[Any] = []
+    for config in configs:
+        _append(choices, config, inputs, out, how)
+    return split_k.sum_of_parts(_best(choices, inputs, out), count, x.get_dtype())
+
+
+def _whole(inputs: list[Any], configs: Sequence[Config | None], how: Mapping[str, Any]) -> Any:
+    """[M, N] by the best of `configs`: a tile each or, for None, the vendor's matmul."""
+    x = inputs[0]
+    out = inductor.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], inputs[3].get_size()[1]])
+    most = max(config.SPLIT_K for config in configs if config is not None)
+    if most > 1:  # Choices are timed on the same inputs, so all get what one of them needs.
+        inputs = [*inputs, *split_k.scratch(most, out)]
+    choices: list[Any] = []
+    for config in configs:
+        if config is None:
+            choices.append(_vendor.bind(inputs, out, **how))
+        else:
+            _append(choices, config, inputs, out, how)
+    return _best(choices, inputs, out)
+
+
+def _append(choices: list[Any], config: Config, inputs: list[Any], out: Any, how: Mapping[str, Any]) -> None:
+    k, asm = int(inputs[0].get_size()[1]), uses_asm(out.device.type)
     _template.maybe_append_choice(
         choices,
-        input_nodes=(x, w4, w2, scale),
+        input_nodes=inputs,
         layout=out,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **constexprs(config, get_format(format), group_size, int(k), uses_asm(x.get_device().type)),
+        WITH_SCRATCH=len(inputs) > 4,
+        **constexprs(config, get_format(how["format"]), how["group_size"], k, asm),
     )
-    chosen = inductor.autotune_select_algorithm("fp6_mm", choices, [x, w4, w2, scale], out)
-    if isinstance(chosen, tuple):  # with the choice, from torch 2.12
-        chosen = chosen[0]
-    return lower[aten.reshape](chosen, [*leading, n])
+
+
+def _best(choices: list[Any], inputs: list[Any], out: Any) -> Any:
+    zeros = {5: split_k.zero_locks} if len(inputs) > 4 else None
+    chosen = inductor.autotune_select_algorithm("fp6_mm", choices, inputs, out, input_gen_fns=zeros)
+    return chosen[0] if isinstance(chosen, tuple) else chosen  # with the choice, from torch 2.12
 
 
 _call_eager = inductor.fallback_handler(torch.ops.fp6.mm.default, add_to_fallback_set=False)

@@ -39,9 +39,12 @@ _DEVICES = {
     120: ("NVIDIA GeForce RTX 5090", 170, 101_376, 65_536, 1536, 96 << 20),
 }
 
-# Modules whose functools caches hold answers about the device; the same three in torch 2.11, 2.13 and 2.15. All of
-# their caches are questions with no side effect (unlike fx_passes, where a cache guards a registration).
-_MODULES_WITH_DEVICE_CACHES = ("torch._inductor.utils", "torch._inductor.runtime.hints", "torch.utils._triton")
+# Modules whose functools caches hold answers about the device; the same three in torch 2.11, 2.13 and 2.15, and one of
+# ours. All of their caches are questions with no side effect (unlike fx_passes, where a cache guards a registration).
+_MODULES_WITH_DEVICE_CACHES = (
+    *("torch._inductor.utils", "torch._inductor.runtime.hints", "torch.utils._triton"),
+    "fp6_compile.kernels.device",
+)
 
 # Compiling for a device that cannot be timed or loaded: no benchmark (shape_padding times two matmuls), no worker
 # processes (they would not see our stand-ins), no cache (an entry made here would be served to a real device).
@@ -122,6 +125,7 @@ def _torch_cuda_patches(sm: int) -> Iterator[Any]:
         "current_device": lambda: 0,
         "device_count": lambda: 1,
         "synchronize": lambda device=None: None,
+        "is_current_stream_capturing": lambda: False,
     }
     for name, answer in answers.items():
         yield mock.patch.object(torch.cuda, name, answer)
@@ -151,6 +155,8 @@ def _device_guard() -> Iterator[None]:
 def forget_the_device() -> None:
     """Empty every cache that may hold an answer about the device."""
     for name in _MODULES_WITH_DEVICE_CACHES:
+        if name not in sys.modules:
+            continue
         members = list(vars(sys.modules[name]).values())
         classes = [member for member in members if isinstance(member, type) and member.__module__ == name]
         members += [getattr(cls, attribute) for cls in classes for attribute in vars(cls)]

@@ -1,0 +1,70 @@
+"""The weight as floats [N, K], for the vendor's matmul: worth writing where x has many rows.
+
+The same numbers as `fp6::dequantize`: the code's value times the scale in float32, rounded once.
+"""
+
+# mypy: allow-untyped-defs, disable-error-code="annotation-unchecked"
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fp6_compile.formats import Format
+from fp6_compile.kernels.mm import lift
+from fp6_compile.kernels.run import device_of, uses_asm
+from fp6_compile.kernels.unpack import unpack
+from fp6_compile.packing import BLOCK_K, ROWS, SLAB
+
+_ROWS = tl.constexpr(ROWS)
+_SLAB = tl.constexpr(SLAB)
+_BLOCK_K = tl.constexpr(BLOCK_K)
+_SLABS = tl.constexpr(BLOCK_K // SLAB)
+_WORDS = tl.constexpr(ROWS * SLAB)
+
+
+@triton.jit
+def dequantize_kernel(
+    W4,
+    W2,
+    SCALE,
+    OUT,
+    N,
+    K,
+    stride_sg,
+    GROUP_SIZE: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    BF16: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """16 rows by 256 inputs a program. OUT: [N, K], contiguous; SCALE: groups stride_sg apart; the rest as in mm.py."""
+    blocks = tl.cdiv(K, _BLOCK_K)
+    pid_n = tl.program_id(0) // blocks
+    kb = tl.program_id(0) % blocks
+    row = tl.arange(0, _ROWS)[:, None]
+    word = tl.cast(tl.program_id(0), tl.int64) * _WORDS + row * _SLAB + tl.arange(0, _SLAB)[None, :]
+    a0 = tl.load(W4 + _WORDS * tl.cast(tl.program_id(0), tl.int64) + word)
+    a1 = tl.load(W4 + _WORDS * tl.cast(tl.program_id(0), tl.int64) + word + _WORDS)
+    w = unpack(a0, a1, tl.load(W2 + word), EXPONENT_BITS, BF16, USE_ASM)
+    n = pid_n * _ROWS + row
+    for j in tl.static_range(_SLABS):
+        k = kb * _BLOCK_K + j * _SLAB + tl.arange(0, _SLAB)[None, :]
+        group = k // GROUP_SIZE if GROUP_SIZE > 0 else k * 0
+        inside = (n < N) & (k < K)
+        scale = tl.load(SCALE + group * stride_sg + n, mask=inside, other=0.0)
+        value = w[j].to(tl.float32) if BF16 else w[j].to(tl.float32) * lift(EXPONENT_BITS)
+        tl.store(OUT + tl.cast(n, tl.int64) * K + k, (value * scale).to(OUT.dtype.element_ty), mask=inside)
+
+
+def dequantize(
+    w4: Tensor, w2: Tensor, scale: Tensor, fmt: Format, group_size: int | None, k: int, dtype: torch.dtype
+) -> Tensor:
+    """The rows [N, k] in `dtype`, N = scale.shape[1]; planes in the slab layout of `dtype`, scale [G, N] of unit stride."""
+    n = scale.shape[1]
+    out = torch.empty(n, k, dtype=dtype, device=w4.device)
+    grid = (w4.shape[0] * w4.shape[1],)
+    constants = {"GROUP_SIZE": group_size or 0, "EXPONENT_BITS": fmt.exponent_bits, "BF16": dtype == torch.bfloat16}
+    with device_of(w4):
+        asm = uses_asm(w4.device.type)
+        dequantize_kernel[grid](w4, w2, scale, out, n, k, scale.stride(0), **constants, USE_ASM=asm)
+    return out

@@ -1,0 +1,38 @@
+"""What a torch device is to the choice of a tile: its architecture, its multiprocessors, and whether wgmma may be used."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from fp6_compile.formats import Format
+from fp6_compile.kernels import selftest
+from fp6_compile.kernels.config import LARGEST_MMA_M, Config, Device, candidates
+
+
+@functools.cache
+def describe(device: torch.device) -> Device:
+    """Architecture and multiprocessors of a GPU; of anything else a Hopper's, for Triton's interpreter. No wgmma."""
+    if device.type != "cuda":
+        return Device()
+    about = torch.cuda.get_device_properties(device)
+    arch = f"sm_{about.major}{about.minor}" if torch.version.hip is None else about.gcnArchName.split(":")[0]
+    return Device(arch, about.multi_processor_count)
+
+
+def choices(
+    device: torch.device, m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, fmt: Format
+) -> tuple[Config | None, ...]:
+    """`config.candidates` for a problem on `device`; the first is the one to take without timing any.
+
+    Asked on every call of the launcher: each step is a look-up after the first time.
+    """
+    about = describe(device)
+    if about.arch == "sm_90" and m > LARGEST_MMA_M and dtype != torch.float32:
+        # A test of wgmma launches kernels, which a stream that is being recorded must not; then there has been a warm-up.
+        recording = torch.cuda.is_current_stream_capturing()
+        about = Device(
+            about.arch, about.multiprocessors, not recording and selftest.passes(device, dtype, fmt, group_size)
+        )
+    return candidates(m, n, k, group_size, dtype, about)

@@ -1,0 +1,76 @@
+"""Who adds up the parts of a split K: the kernel that follows, or the program of the template that comes last.
+
+- A kernel follows anyway, as RMSNorm's reduction behind a residual: the template stores its parts [SPLIT_K, M, N], and their
+  sum is an expression that Inductor inlines into that kernel. No launch more than without the split.
+- Nothing follows that could take the sum, or only what the template's own store can hold (bias, activation, residual): the
+  last program of each tile adds the parts up (`kernels.mm.reduce`), and the store stays fused. One launch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.fx import Node
+
+from fp6_compile.kernels.config import LOCKS
+from fp6_compile.lowerings import _inductor as inductor
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_VIEWS = (
+    *(aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten._unsafe_view.default, aten.expand.default),
+)
+# Kernels of Inductor's own that no template's store can hold; besides reductions.
+_LOOPS = (
+    *(aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.cat.default),
+    *(aten.index_put.default, aten.index_put_.default, aten.slice_scatter.default, aten.index.Tensor),
+)
+
+_zeros: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def kernel_follows(node: Node) -> bool:
+    """Whether something that reads `node`, past what a store can hold, is a kernel that Inductor generates."""
+    size = node.meta["val"].numel()
+    for user in node.users:
+        if user.op != "call_function" or not isinstance(user.target, torch._ops.OpOverload):
+            continue
+        if user.target in _LOOPS or torch.Tag.reduction in user.target.tags:
+            return True
+        if user.target in _VIEWS or torch.Tag.pointwise in user.target.tags:
+            value = user.meta["val"]
+            if value.numel() != size or kernel_follows(user):
+                return True
+    return False
+
+
+def sum_of_parts(parts: Any, count: int, dtype: torch.dtype) -> Any:
+    """parts [count, M, N] float32 -> [M, N] in `dtype`: an expression, added in order, that is no kernel of its own."""
+    lower = inductor.lowerings
+    total = lower[aten.select.int](parts, 0, 0)
+    for part in range(1, count):
+        total = lower[aten.add.Tensor](total, lower[aten.select.int](parts, 0, part))
+    return lower[prims.convert_element_type.default](total, dtype)
+
+
+def scratch(count: int, out: Any) -> tuple[Any, Any]:
+    """Buffers for `kernels.mm.reduce` of `out`, a layout [M, N]: parts float32 [count, M, N], and locks, zeros int32.
+
+    Inductor takes both for inputs that the template only reads. That is right as far as others can see: nobody else reads
+    the parts, and the locks are zeros again after every launch, so one tensor of them serves all launches of a graph.
+    """
+    lower, device, (m, n) = inductor.lowerings, out.device, out.size
+    parts = lower[aten.empty_strided.default]([count, m, n], [m * n, n, 1], dtype=torch.float32, device=device)
+    graph = inductor.V.graph
+    if graph not in _zeros:
+        _zeros[graph] = lower[aten.full.default]([LOCKS], 0, dtype=torch.int32, device=device)
+        _zeros[graph].realize()
+    return parts, _zeros[graph]
+
+
+def zero_locks(buffer: Any) -> torch.Tensor:
+    """What stands for the locks while choices are timed: random numbers would leave every sum unfinished."""
+    return torch.zeros(LOCKS, dtype=torch.int32, device=buffer.get_device())

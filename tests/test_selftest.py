@@ -1,0 +1,83 @@
+"""The self-test of wgmma: it finds a wrong bit, is run once, and decides which tile is taken."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fp6_compile.formats import FORMATS
+from fp6_compile.kernels import device, selftest
+from fp6_compile.packing import layout_for, unpack
+
+E3M2, F16 = FORMATS["e3m2"], torch.float16
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture
+def kernel(monkeypatch, tmp_path):
+    """A stand-in for the kernel on a pretended device, which counts its runs; `kernel.off_by` spoils one output."""
+
+    class Kernel:
+        runs = 0
+        off_by = 0.0
+
+        def __call__(self, config, x, w4, w2, scale, fmt, group_size):
+            self.runs += 1
+            codes = unpack(w4, w2, fmt, layout_for(CUDA, x.dtype), scale.shape[1], x.shape[1])
+            product = x.double() @ fmt.decode(codes).double().T
+            product[3, 5] += self.off_by * (self.runs % selftest._REPETITIONS == 0)  # a race: seldom
+            return product.to(x.dtype)
+
+    kernel = Kernel()
+    monkeypatch.setattr(selftest, "run", kernel)
+    monkeypatch.setattr(selftest, "layout_for", lambda _, dtype: layout_for(CUDA, dtype))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a pretended Hopper")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    selftest.passes.cache_clear()
+    yield kernel
+    selftest.passes.cache_clear()
+
+
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_it_passes_once_and_is_remembered(kernel, group_size):
+    assert selftest.passes(CPU, F16, E3M2, group_size)
+    runs = kernel.runs
+    assert runs == selftest._REPETITIONS
+    assert selftest.passes(CPU, F16, E3M2, group_size)
+    selftest.passes.cache_clear()  # another process
+    assert selftest.passes(CPU, F16, E3M2, group_size)
+    assert kernel.runs == runs
+    assert selftest.passes(CPU, torch.bfloat16, E3M2, group_size)  # another kernel
+    assert kernel.runs == 2 * runs
+
+
+def test_one_wrong_sum_in_many_runs_is_found_and_remembered(kernel, caplog):
+    kernel.off_by = 1.0
+    assert not selftest.passes(CPU, F16, E3M2, None)
+    assert "wgmma gave wrong sums on a pretended Hopper" in caplog.text
+    kernel.off_by = 0.0
+    selftest.passes.cache_clear()
+    assert not selftest.passes(CPU, F16, E3M2, None)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_it_decides(monkeypatch, passed):
+    asked = []
+    monkeypatch.setattr(selftest, "passes", lambda *problem: asked.append(problem) or passed)
+    monkeypatch.setattr(device, "describe", lambda _: device.Device("sm_90", 132))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    (tile, *_) = device.choices(CUDA, 128, 8192, 8192, None, F16, E3M2)
+    assert (tile.JOIN > 1) == (tile.num_warps > 2) == passed
+    assert asked == [(CUDA, F16, E3M2, None)]
+    device.choices(CUDA, 64, 8192, 8192, None, F16, E3M2)
+    device.choices(CUDA, 128, 8192, 8192, None, torch.float32, E3M2)
+    assert len(asked) == 1
+
+
+def test_nothing_is_launched_while_a_graph_is_recorded(monkeypatch):
+    monkeypatch.setattr(selftest, "passes", lambda *problem: pytest.fail("launched"))
+    monkeypatch.setattr(device, "describe", lambda _: device.Device("sm_90", 132))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    (tile, *_) = device.choices(CUDA, 128, 8192, 8192, None, F16, E3M2)
+    assert tile.JOIN == 1
+    assert dataclasses.replace(tile, SPLIT_K=1).num_warps == 2

@@ -1,0 +1,163 @@
+"""K split among programs, slabs joined into dots, and the way through the vendor's matmul: interpreted."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from fp6_compile.formats import FORMATS
+from fp6_compile.kernels import config, launch, run
+from fp6_compile.kernels.config import Config, Device, candidates, config_for
+from fp6_compile.kernels.dequantize import dequantize
+from fp6_compile.packing import layout_for, pack
+from fp6_compile.quantize import dequantize as dequantize_reference
+from tests.deviceless.pool import interpreted
+from tests.test_kernels import BF16, E2M3, E3M2, F16, F32, activations, check_gemm, check_one_hot, product, show, weight
+
+TILE = Config(32, 8, 2, 2)
+
+
+def run_tile(tile: Config, *args):
+    return run.run(tile, *args)
+
+
+def interpret(tile: Config):
+    return functools.partial(interpreted, run_tile, tile)
+
+
+# (tile, m, n, k, group, format, dtype); K in blocks of 256: parts of equal length, a shorter last one, a block's tail.
+SPLIT = [
+    (TILE, 1, 33, 1024, None, E3M2, F16, 2),
+    (TILE, 9, 40, 1100, None, E2M3, BF16, 3),
+    (TILE, 3, 17, 1536, 64, E3M2, BF16, 6),
+    (TILE, 8, 70, 1280, 384, E2M3, F16, 3),
+    (dataclasses.replace(TILE, BLOCK_M=32), 33, 40, 700, 32, E3M2, F16, 2),
+]
+
+
+@pytest.mark.parametrize(("tile", "m", "n", "k", "group", "fmt", "dtype", "parts"), SPLIT, ids=show)
+def test_split(tile, m, n, k, group, fmt, dtype, parts):
+    tile = dataclasses.replace(tile, SPLIT_K=parts)
+    check_gemm(interpret(tile), activations(m, k, dtype), n, group, fmt)
+    check_one_hot(interpret(tile), "cpu", m, n, k, group, fmt, dtype)
+
+
+def twice(tile, *args):
+    first, second = run.run(tile, *args), run.run(tile, *args)
+    return torch.stack([first, second]), run._locks(args[0].device)
+
+
+def test_split_is_deterministic_and_leaves_no_trace():
+    """The second launch finds the locks as the first did; else it would store nothing, or too early."""
+    codes, scale = weight(40, 1024, None)
+    layout = layout_for(torch.device("cuda"), F16)
+    planes = pack(codes, E3M2, layout)
+    tile = dataclasses.replace(TILE, SPLIT_K=4)
+    products, locks = interpreted(twice, tile, activations(5, 1024, F16), *planes, scale, E3M2, None)
+    assert_close(products[0], products[1], rtol=0, atol=0)
+    assert not locks.any()
+    assert products.any()
+
+
+JOINED = [
+    (Config(128, 64, 8, 2, JOIN=4), 65, 130, 512, None, E3M2, F16),
+    (Config(128, 64, 8, 2, JOIN=4), 3, 40, 300, 64, E2M3, BF16),
+    (Config(32, 16, 4, 2, JOIN=8), 9, 40, 600, None, E2M3, F16),
+    (Config(32, 16, 4, 2, JOIN=8), 9, 40, 600, 128, E3M2, BF16),
+    (Config(32, 16, 4, 2, JOIN=2), 9, 40, 600, 32, E3M2, F16),
+    (Config(32, 16, 4, 2, JOIN=2, SPLIT_K=2), 9, 40, 600, 256, E3M2, F16),
+]
+
+
+@pytest.mark.parametrize(("tile", "m", "n", "k", "group", "fmt", "dtype"), JOINED, ids=show)
+def test_joined_slabs(tile, m, n, k, group, fmt, dtype):
+    check_one_hot(interpret(tile), "cpu", m, n, k, group, fmt, dtype)
+    check_gemm(interpret(tile), activations(m, k, dtype), n, group, fmt)
+
+
+@pytest.mark.parametrize("group", [None, 32, 96])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=show)
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_dequantize_kernel(fmt, dtype, group):
+    codes, scale = weight(40, 400, group)
+    planes = pack(codes, fmt, layout_for(torch.device("cuda"), dtype))
+    actual = interpreted(dequantize, *planes, scale, fmt, group, 400, dtype)
+    assert_close(actual, dequantize_reference(codes, scale, fmt, group, dtype), rtol=0, atol=0)
+
+
+def vendor_in_pieces(*args):
+    launch._SCRATCH = 300 * 16 * 2  # two tiles of rows at a time
+    return launch.vendor_mm(*args)
+
+
+@pytest.mark.parametrize("group", [None, 64])
+def test_vendor_in_pieces(group):
+    """Each weight is rounded to float16 once; with one-hot inputs nothing else is, so the pieces are in their places."""
+    check_one_hot(functools.partial(interpreted, vendor_in_pieces), "cpu", 70, 90, 300, group, E2M3, F16)
+
+
+def test_many_rows_take_the_vendor_s_matmul():
+    x = activations(300, 256, F16)
+    assert config_for(300, 40, 256, None, F16) is None
+    check_gemm(functools.partial(interpreted, launch.mm), x, 40, None, E3M2)
+
+
+SHAPES = [
+    (1024, 4096),
+    (4096, 4096),
+    (6144, 4096),
+    (14336, 4096),
+    (4096, 14336),
+    (8192, 28672),
+    (128256, 4096),
+    (17, 40),
+]
+DEVICES = [Device(arch, count) for arch, count in (("sm_80", 108), ("sm_89", 142), ("sm_90", 132), ("sm_100", 148))]
+DEVICES += [Device("sm_90", 132, wgmma=True), Device("gfx942", 304), Device()]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"{device.arch}{'-wgmma' * device.wgmma}")
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_candidates(n, k, device):
+    """Few enough to time; no part of K empty; locks enough; parts that cost a fraction of what they save."""
+    blocks = -(-k // 256)
+    for m in (1, 8, 17, 64, 65, 128, 512, 4096):
+        for group, dtype in ((None, F16), (64, BF16), (None, F32)):
+            choices = candidates(m, n, k, group, dtype, device)
+            assert 1 <= len(choices) <= 6
+            assert len(set(choices)) == len(choices)
+            for tile in filter(None, choices):
+                share = -(-blocks // tile.SPLIT_K)
+                assert (tile.SPLIT_K - 1) * share < blocks
+                assert tile.SPLIT_K == 1 or -(-n // tile.BLOCK_N) * -(-m // tile.BLOCK_M) <= config.LOCKS
+                assert tile.SPLIT_K == 1 or tile.SPLIT_K * m * 8 <= 0.75 * k * (0.25 if m <= 64 else 1)
+                assert (tile.JOIN > 1) <= (device.wgmma and m > 64)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096)])
+@pytest.mark.parametrize("m", [1, 8, 16])
+def test_small_weights_fill_the_device(n, k, m):
+    """At least two warps for every multiprocessor of an H200, and not a second wave."""
+    tile = config_for(m, n, k, None, F16, Device("sm_90", 132))
+    warps = -(-n // tile.BLOCK_N) * tile.SPLIT_K * tile.num_warps
+    assert 2 * 132 <= warps <= 8 * 132
+
+
+def test_vendor_s_matmul_is_timed_against_the_kernel():
+    hopper = Device("sm_90", 132, wgmma=True)
+    assert None not in candidates(64, 4096, 4096, None, F16, hopper)
+    assert candidates(128, 4096, 4096, None, F16, hopper).index(None) == 1
+    assert candidates(2048, 4096, 4096, None, F16, hopper)[0] is None
+    assert None not in candidates(2048, 4096, 4096, None, F32, hopper)
+
+
+def test_product_of_nothing_but_tails():
+    """Fewer inputs than a block, more parts asked for than blocks: parts without work add zero."""
+    codes, scale = weight(17, 40, None)
+    x = activations(3, 40, F16)
+    tile = dataclasses.replace(TILE, SPLIT_K=3)
+    assert_close(
+        product(interpret(tile), x, codes, scale, E3M2, None), product(interpret(TILE), x, codes, scale, E3M2, None)
+    )

@@ -1,0 +1,142 @@
+"""Split K, the vendor's matmul and autotuning in the code that Inductor generates, read and run without a GPU."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import FileCheck
+
+from fp6_compile.formats import FORMATS
+from fp6_compile.kernels import selftest
+from fp6_compile.lowerings import mm as lowering
+from fp6_compile.quantize import dequantize, quantize
+from tests.deviceless.codegen import generate_modules
+from tests.support import SwiGLU
+from tests.test_gpu_codegen import _check, _interpret, _reference
+
+DIM, HIDDEN = 2048, 1024
+
+
+class Block(nn.Module):
+    """What follows an MLP in a transformer: the residual sum, and the next layer's norm of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = SwiGLU(DIM, HIDDEN)
+        self.norm = nn.RMSNorm(DIM)
+
+    def forward(self, x):
+        x = self.mlp(x)
+        return x, self.norm(x)
+
+
+@pytest.fixture(autouse=True)
+def wgmma(monkeypatch):
+    """The self-test's answer: it cannot run on a device that is only pretended."""
+    monkeypatch.setattr(selftest, "passes", lambda *problem: False)
+
+
+def launches(code: str) -> list[str]:
+    return re.findall(r"(triton_\w+)\.run\(", code)
+
+
+def split_of(kernel: str) -> int:
+    return int(re.search(r"SPLIT_K : tl.constexpr = (\d+)", kernel)[1])
+
+
+MODES = [None, "max-autotune-no-cudagraphs"]
+
+
+def test_the_last_program_adds_up_and_keeps_the_epilogue():
+    """Nothing follows but what a store can hold: one launch a linear, and one for the locks of them all."""
+    torch.manual_seed(0)
+    model, x = SwiGLU(DIM, HIDDEN).half().requires_grad_(False), torch.randn(3, DIM).half()
+    modules = [m for mode in MODES for m in generate_modules(model, [x], backend="fp6", dynamic=False, mode=mode)]
+    for module in modules:
+        zeros, gate, up, down = module.kernels.values()
+        assert len(launches(module.code)) == 4, module.code
+        FileCheck().check("4096").check("tl.store(out_ptr0").run(zeros)
+        for kernel in (gate, up, down):
+            assert split_of(kernel) > 1
+            FileCheck().check("acc = accumulate(").check("acc, last = reduce(").check("mask & last").run(kernel)
+        FileCheck().check("reduce(").check("exp(").check("tl.store(out_ptr").run(up)
+        FileCheck().check("reduce(").check("tl.load(in_ptr").check("tl.store(out_ptr").run(down)
+    for (actual,) in _interpret(modules):
+        _check(actual, _reference(model, x), torch.float16)
+
+
+def test_parts_are_added_by_the_kernel_that_follows():
+    """RMSNorm reduces anyway: its kernel adds the parts and the residual, and the matmul stores float32 parts."""
+    torch.manual_seed(0)
+    model, x = Block().bfloat16().requires_grad_(False), torch.randn(2, DIM).bfloat16()
+    (module,) = generate_modules(model, [x], backend="fp6", dynamic=False)
+    *_, down, norm = module.kernels.values()
+    assert split_of(down) == 2
+    FileCheck().check("acc = accumulate(").check_not("reduce(acc").check("pid_k").check("tl.store(out_ptr").run(down)
+    FileCheck().check("rsqrt").run(norm)
+    assert "mean" in launches(module.code)[-1]
+    assert f"(2, 2, {DIM}), ({2 * DIM}, {DIM}, 1)" in module.code
+    ((total, normed),) = _interpret([module])
+    _check(total, _reference(model.mlp, x), torch.bfloat16)
+    expected = nn.functional.rms_norm(_reference(model.mlp, x), [DIM], eps=torch.finfo(torch.bfloat16).eps)
+    _check(normed, expected, torch.bfloat16)
+
+
+def linear(m: int, n: int = 1024, k: int = 1024) -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(m)
+    return nn.Linear(k, n, bias=False).half().requires_grad_(False), torch.randn(m, k).half()
+
+
+def test_many_rows_are_left_to_the_vendor_s_matmul():
+    model, x = linear(2048)
+    (module,) = generate_modules(model, [x], backend="fp6", dynamic=False)
+    FileCheck().check("torch.ops.fp6.mm.default(").run(module.code)
+    assert not module.kernels
+
+
+def test_wgmma_where_it_has_passed(monkeypatch):
+    monkeypatch.setattr(selftest, "passes", lambda *problem: True)
+    model, x = linear(100, 256)
+    (module,) = generate_modules(model, [x], backend="fp6", dynamic=False)
+    (kernel,) = (text for text in module.kernels.values() if "accumulate(" in text)
+    assert "JOIN : tl.constexpr = 4" in kernel
+    assert "num_warps=8" in kernel
+    ((actual,),) = _interpret([module])
+    weight = dequantize(*quantize(model.weight, FORMATS["e3m2"]), FORMATS["e3m2"], None, torch.float64)
+    _check(actual, x.double() @ weight.T, torch.float16)
+
+
+class Einsum(nn.Linear):
+    """The same, but a bmm in the graph."""
+
+    def forward(self, x):
+        return torch.einsum("bsk,nk->bsn", x, self.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("make", [nn.Linear, Einsum], ids=["mm", "bmm"])
+def test_one_row_is_not_decomposed_by_max_autotune(make, dtype):
+    """Coordinate descent makes x * w, summed, of such a matmul before any pass sees it: the pass takes that form, too."""
+    torch.manual_seed(0)
+    model, x = make(512, 256, bias=False).to(dtype).requires_grad_(False), torch.randn(1, 1, 512).to(dtype)
+    (module,) = generate_modules(model, [x], backend="fp6", dynamic=False, mode="max-autotune-no-cudagraphs")
+    assert sum("accumulate(" in kernel for kernel in module.kernels.values()) == 1
+    ((actual,),) = _interpret([module])
+    weight = dequantize(*quantize(model.weight, FORMATS["e3m2"]), FORMATS["e3m2"], None, torch.float64)
+    _check(actual, x.double() @ weight.T, dtype)
+
+
+@pytest.mark.parametrize(("m", "vendor"), [(1, False), (100, True), (2048, True)])
+def test_choices_that_are_timed(monkeypatch, m, vendor):
+    """At most six, all on the same inputs, the vendor's matmul among them where there are many rows."""
+    seen = []
+    best = lowering._best
+    monkeypatch.setattr(lowering, "_best", lambda choices, *rest: seen.append(choices) or best(choices, *rest))
+    model, x = linear(m, 4096)
+    generate_modules(model, [x], backend="fp6", dynamic=False, mode="max-autotune-no-cudagraphs")
+    (choices,) = seen
+    assert 2 <= len(choices) <= 6
+    names = [choice.name for choice in choices]
+    assert any("vendor" in name for name in names) == vendor
+    assert len({len(choice.input_nodes) for choice in choices}) == 1
