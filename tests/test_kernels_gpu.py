@@ -1,11 +1,16 @@
 """The matrix kernel on the GPU: what test_kernels.py checks interpreted, and what only a device can show."""
 
+import dataclasses
+import functools
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from fp6_compile.formats import FORMATS
-from fp6_compile.kernels import launch
+from fp6_compile.kernels import launch, run, selftest
+from fp6_compile.kernels.device import choices
+from fp6_compile.packing import layout_for, pack
 from tests.test_kernels import (
     BF16,
     BUCKETS,
@@ -23,6 +28,7 @@ from tests.test_kernels import (
     product,
     show,
 )
+from tests.test_split_k import SPLIT
 
 pytestmark = pytest.mark.gpu
 
@@ -80,6 +86,71 @@ def test_more_than_two_to_the_31_elements():
     exact = E3M2.decode(codes).double().sum(1) * 2.0**-8
     assert_close(out[-1], exact.to(F16), rtol=0, atol=0)
     assert not out[:-1].any()
+
+
+@pytest.mark.parametrize(("tile", "m", "n", "k", "group", "fmt", "dtype", "parts"), SPLIT, ids=show)
+def test_split(tile, m, n, k, group, fmt, dtype, parts):
+    on_device = functools.partial(run.run, dataclasses.replace(tile, SPLIT_K=parts))
+    check_gemm(on_device, activations(m, k, dtype, "cuda"), n, group, fmt)
+    check_one_hot(on_device, "cuda", m, n, k, group, fmt, dtype)
+
+
+def test_split_is_deterministic_and_leaves_no_trace():
+    """Hundreds of programs race to be the last; every run gives the same bits, and the locks are zeros again."""
+    codes, x = torch.randint(0, 64, (4096, 4096), dtype=torch.uint8), activations(3, 4096, F16, "cuda")
+    planes = [plane.cuda() for plane in pack(codes, E3M2, layout_for(x.device, F16))]
+    arguments = (x, *planes, torch.rand(1, 4096, device="cuda"), E3M2, None)
+    assert choices(x.device, 3, 4096, 4096, None, F16, E3M2)[0].SPLIT_K > 1
+    first = launch.mm(*arguments)
+    for _ in range(100):
+        assert torch.equal(launch.mm(*arguments), first)
+    assert not run._locks(x.device).any()
+
+
+def test_split_inside_cuda_graphs_beside_each_other():
+    """Two recorded launches replayed on two streams at once do not share locks."""
+    codes = torch.randint(0, 64, (2048, 4096), dtype=torch.uint8)
+    planes = [plane.cuda() for plane in pack(codes, E3M2, layout_for(torch.device("cuda"), F16))]
+    x = [activations(m, 4096, F16, "cuda") for m in (2, 5)]
+    arguments = [(each, *planes, torch.ones(1, 2048, device="cuda"), E3M2, None) for each in x]
+    expected = [launch.mm(*each) for each in arguments]
+    graphs = [torch.cuda.CUDAGraph() for _ in x]
+    outputs = []
+    for graph, each in zip(graphs, arguments, strict=True):
+        with torch.cuda.graph(graph):
+            outputs.append(launch.mm(*each))
+    streams = [torch.cuda.Stream() for _ in x]
+    for _ in range(50):
+        for stream, graph in zip(streams, graphs, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+    torch.cuda.synchronize()
+    for output, exact in zip(outputs, expected, strict=True):
+        assert torch.equal(output, exact)
+
+
+@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=show)
+def test_wgmma_passes_its_self_test(dtype, group):
+    """If this fails, the kernel still is right (it does without wgmma), but slower above 64 rows: report the versions."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma is Hopper's")
+    assert selftest._is_exact(torch.device("cuda"), dtype, E3M2, group)
+
+
+@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=show)
+@pytest.mark.parametrize("m", [65, 128, 300, 1500])
+def test_many_rows(m, dtype, group):
+    """Whatever is taken for it: wgmma, mma.sync, or the vendor's matmul on a dequantized copy."""
+    check_gemm(launch.mm, activations(m, 2048, dtype, "cuda"), 1000, group, E2M3)
+
+
+def test_every_candidate():
+    """What max-autotune may choose, and the tuner: right in every one of them."""
+    for m in (1, 16, 40, 128):
+        for tile in filter(None, choices(torch.device("cuda"), m, 1024, 4096, None, F16, E3M2)):
+            check_gemm(functools.partial(run.run, tile), activations(m, 4096, F16, "cuda"), 1024, None, E3M2)
 
 
 def test_launches_on_the_device_of_x():
