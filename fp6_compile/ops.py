@@ -56,7 +56,7 @@ def dequantize(
     _check(k, w4, scale, layout, group_size)
     n = scale.shape[1]
     fmt = get_format(format)
-    return _dequantize(unpack(w4, w2, fmt, layout, n, k), scale, fmt, group_size, dtype)
+    return _dequantize(unpack((w4, w2), fmt, layout, n, k), scale, fmt, group_size, dtype)
 
 
 def mm_by_rows(

@@ -35,6 +35,8 @@ so that the first three rows, as they are, index a look-up that ignores high bit
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,24 +102,36 @@ def layout_for(device: torch.device, dtype: torch.dtype) -> str:
     return CPU if device.type == "cpu" else SLABS.get(dtype, SLABS[torch.float16])
 
 
-def pack(codes: Tensor, fmt: Format, layout: str) -> tuple[Tensor, Tensor]:
-    """(w4, w2) of codes [N, K] (uint8) in `layout`; shapes and dtypes are in this module's docstring."""
+def pack(codes: Tensor, fmt: Format, layout: str) -> tuple[Tensor, ...]:
+    """The planes, (w4, w2) for six bits, of codes [N, K] (uint8) in `layout`: see this module's docstring."""
     if layout == PLANES:
-        return _pack_planes(codes)
+        return _pack_planes(codes, fmt)
     if layout == CPU:
         return _pack_tiles(codes)
     return _pack_slabs(codes, fmt, _lane_dtype(layout))
 
 
-def unpack(w4: Tensor, w2: Tensor, fmt: Format, layout: str, n: int, k: int) -> Tensor:
+def unpack(planes: Sequence[Tensor], fmt: Format, layout: str, n: int, k: int) -> Tensor:
     """The codes [n, k] (uint8) that `pack` was given: its exact inverse."""
     if layout == PLANES:
-        codes = _unpack_planes(w4, w2)
+        codes = _unpack_planes(planes, fmt)
     elif layout == CPU:
-        codes = _unpack_tiles(w4, w2)
+        codes = _unpack_tiles(*planes)
     else:
-        codes = _unpack_slabs(w4, w2, fmt, _lane_dtype(layout))
+        codes = _unpack_slabs(planes, fmt, _lane_dtype(layout))
     return codes[:n, :k]
+
+
+def plane_names(fmt: Format) -> tuple[str, ...]:
+    """What the planes of `fmt` are called, in the order of `pack`: w4 and w2 for six bits."""
+    return tuple(f"w{width}" for width in fmt.planes)
+
+
+def canonical_shapes(fmt: Format, n: int, k: int) -> tuple[tuple[int, int], ...]:
+    """Shapes of the canonical planes of a weight [n, k], in the order of `pack`."""
+    granularity = _plane_granularity(fmt)
+    padded = -(-k // granularity) * granularity
+    return tuple((n, padded * width // 8) for width in fmt.planes)
 
 
 def rows_per_index(layout: str) -> int:
@@ -149,18 +163,28 @@ def _lane_dtype(layout: str) -> torch.dtype:
     raise ValueError(f"layout: got {layout!r}, known layouts are {list(LAYOUTS)}")
 
 
-def _pack_planes(codes: Tensor) -> tuple[Tensor, Tensor]:
-    codes = F.pad(codes, (0, -codes.shape[1] % 4))
-    low, high = codes & 15, codes >> 4
-    w4 = low[:, 0::2] | low[:, 1::2] << 4
-    w2 = high[:, 0::4] | high[:, 1::4] << 2 | high[:, 2::4] << 4 | high[:, 3::4] << 6
-    return w4, w2
+def _pack_planes(codes: Tensor, fmt: Format) -> tuple[Tensor, ...]:
+    codes = F.pad(codes, (0, -codes.shape[1] % _plane_granularity(fmt)))
+    planes = []
+    for width in fmt.planes:
+        low, codes = codes & (1 << width) - 1, codes >> width
+        parts = [low[:, i :: 8 // width] << i * width for i in range(8 // width)]
+        planes.append(functools.reduce(torch.bitwise_or, parts))
+    return tuple(planes)
 
 
-def _unpack_planes(w4: Tensor, w2: Tensor) -> Tensor:
-    low = torch.stack([w4 & 15, w4 >> 4], -1).flatten(1)
-    high = torch.stack([w2 << 4 & 48, w2 << 2 & 48, w2 & 48, w2 >> 2 & 48], -1).flatten(1)
-    return low | high
+def _unpack_planes(planes: Sequence[Tensor], fmt: Format) -> Tensor:
+    codes, taken = None, 0
+    for plane, width in zip(planes, fmt.planes, strict=True):
+        parts = [plane >> shift & (1 << width) - 1 for shift in range(0, 8, width)]
+        low = torch.stack(parts, -1).flatten(1) << taken
+        codes, taken = low if codes is None else codes | low, taken + width
+    assert codes is not None
+    return codes
+
+
+def _plane_granularity(fmt: Format) -> int:
+    return 8 // min(fmt.planes)
 
 
 def _pack_tiles(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,7 +221,8 @@ def _pack_slabs(codes: Tensor, fmt: Format, dtype: torch.dtype) -> tuple[Tensor,
     return torch.stack(a, 2).to(torch.int16), b.to(torch.int16).contiguous()
 
 
-def _unpack_slabs(w4: Tensor, w2: Tensor, fmt: Format, dtype: torch.dtype) -> Tensor:
+def _unpack_slabs(planes: Sequence[Tensor], fmt: Format, dtype: torch.dtype) -> Tensor:
+    w4, w2 = planes
     table, mask = LANES[fmt.name, dtype], float_mask(fmt, dtype)
     a, b = w4.to(torch.int32) & 0xFFFF, w2.to(torch.int32) & 0xFFFF
     placed = []

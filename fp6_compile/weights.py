@@ -78,7 +78,7 @@ class PackedWeight:
         """Whether its parameter is gone, so that a successor may have its buffers."""
         return self._id is None
 
-    def _quantized(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantized(self, parameter: Tensor) -> tuple[Tensor, ...]:
         spec, fmt = self.spec, get_format(self.spec.format)
         with torch.no_grad():
             weight = parameter.detach().t() if spec.transposed else parameter.detach()
@@ -119,7 +119,7 @@ class WeightInput:
         self.position = position
         self.packed = packed
 
-    def tensors(self, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self, parameter: Tensor) -> tuple[Tensor, ...]:
         """(w4, w2, scale) of the parameter that this call passes, refreshed if it has changed."""
         if not self.packed.is_fresh(parameter):
             self._catch_up(parameter)

@@ -32,7 +32,7 @@ def _codes(n: int, k: int) -> torch.Tensor:
 def test_unpack_inverts_pack(n, k, fmt, layout):
     codes = _codes(n, k)
     w4, w2 = pack(codes, fmt, layout)
-    assert_close(unpack(w4, w2, fmt, layout, n, k), codes, rtol=0, atol=0)
+    assert_close(unpack((w4, w2), fmt, layout, n, k), codes, rtol=0, atol=0)
     assert w4.is_contiguous()
     assert w2.is_contiguous()
 
@@ -51,7 +51,7 @@ def test_slabs_pack_inverts_unpack(layout):
     w4 = torch.randint(-(2**15), 2**15, (2, 3, 2, 16, 32), dtype=torch.int16, generator=generator)
     w2 = torch.randint(-(2**15), 2**15, (2, 3, 16, 32), dtype=torch.int16, generator=generator)
     for fmt in FORMATS.values():
-        again = pack(unpack(w4, w2, fmt, layout, 32, 3 * BLOCK_K), fmt, layout)
+        again = pack(unpack((w4, w2), fmt, layout, 32, 3 * BLOCK_K), fmt, layout)
         assert_close(again, (w4, w2), rtol=0, atol=0)
 
 
@@ -79,7 +79,7 @@ def test_cpu_layout_uses_every_bit():
     w4 = torch.randint(0, 256, (3, 2, 2, 64), dtype=torch.uint8, generator=generator)
     w2 = torch.randint(0, 256, (3, 2, 64), dtype=torch.uint8, generator=generator)
     fmt = FORMATS["e3m2"]
-    assert_close(pack(unpack(w4, w2, fmt, CPU, 12, 128), fmt, CPU), (w4, w2), rtol=0, atol=0)
+    assert_close(pack(unpack((w4, w2), fmt, CPU, 12, 128), fmt, CPU), (w4, w2), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("key", "table"), LANES.items(), ids=lambda v: str(v[0]) if isinstance(v, tuple) else "")
