@@ -83,6 +83,28 @@ def test_parts_are_added_by_the_kernel_that_follows():
     _check(normed, expected, torch.bfloat16)
 
 
+class Rotated(nn.Linear):
+    """A projection and its rotary embedding, which reads every output twice, in two places."""
+
+    def forward(self, x):
+        q = super().forward(x).view(x.shape[0], -1, 64)
+        half = torch.cat([-q[..., 32:], q[..., :32]], -1)
+        return q * 0.5 + half * 0.25
+
+
+def test_a_sum_that_is_read_twice_gets_no_kernel_of_its_own():
+    torch.manual_seed(0)
+    model, x = Rotated(DIM, HIDDEN).half().requires_grad_(False), torch.randn(2, DIM).half()
+    (module,) = generate_modules(model, [x], backend="fp6", dynamic=False)
+    _zeros, matmul, rotation = launches(module.code)
+    FileCheck().check("acc, last = reduce(").run(module.kernels[matmul])
+    FileCheck().check_not("accumulate").check("tl.where").run(module.kernels[rotation])
+    ((actual,),) = _interpret([module])
+    weight = dequantize(*quantize(model.weight, FORMATS["e3m2"]), FORMATS["e3m2"], None, torch.float64)
+    q = (x.double() @ weight.T + model.bias.double()).view(2, -1, 64)
+    _check(actual, q * 0.5 + torch.cat([-q[..., 32:], q[..., :32]], -1) * 0.25, torch.float16)
+
+
 def linear(m: int, n: int = 1024, k: int = 1024) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(m)
     return nn.Linear(k, n, bias=False).half().requires_grad_(False), torch.randn(m, k).half()

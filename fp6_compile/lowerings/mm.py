@@ -59,7 +59,7 @@ def lower_mm(x: Any, w4: Any, w2: Any, scale: Any, format: str, layout: str, gro
         x = lower[aten.clone](x, memory_format=torch.contiguous_format)
     how = {"format": format, "group_size": group_size}
     first = configs[0]
-    if first is not None and first.SPLIT_K > 1 and split_k.kernel_follows(inductor.V.graph.current_node):
+    if first is not None and first.SPLIT_K > 1 and split_k.reduction_follows(inductor.V.graph.current_node):
         out = _in_parts([x, *planes], [c for c in configs if c is not None and c.SPLIT_K == first.SPLIT_K], how)
     else:
         out = _whole([x, *planes], configs, how)

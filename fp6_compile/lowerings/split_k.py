@@ -1,9 +1,10 @@
 """Who adds up the parts of a split K: the kernel that follows, or the program of the template that comes last.
 
-- A kernel follows anyway, as RMSNorm's reduction behind a residual: the template stores its parts [SPLIT_K, M, N], and their
-  sum is an expression that Inductor inlines into that kernel. No launch more than without the split.
-- Nothing follows that could take the sum, or only what the template's own store can hold (bias, activation, residual): the
-  last program of each tile adds the parts up (`kernels.mm.reduce`), and the store stays fused. One launch.
+- A reduction follows, as RMSNorm's behind the residual: the template stores its parts [SPLIT_K, M, N], and their sum is an
+  expression that Inductor inlines into the reduction's kernel. No launch more than without the split.
+- Otherwise the last program of each tile adds the parts up (`kernels.mm.reduce`), and bias, activation and residual stay
+  fused into its store. Where several kernels read the product, or one reads it twice (rotary embeddings), the sum would
+  become a kernel of its own.
 """
 
 from __future__ import annotations
@@ -23,27 +24,20 @@ _VIEWS = (
     *(aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten._unsafe_view.default, aten.expand.default),
 )
-# Kernels of Inductor's own that no template's store can hold; besides reductions.
-_LOOPS = (
-    *(aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, aten.cat.default),
-    *(aten.index_put.default, aten.index_put_.default, aten.slice_scatter.default, aten.index.Tensor),
-)
-
 _zeros: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
-def kernel_follows(node: Node) -> bool:
-    """Whether something that reads `node`, past what a store can hold, is a kernel that Inductor generates."""
+def reduction_follows(node: Node) -> bool:
+    """Whether a reduction reads `node`, directly or past views and pointwise operators that keep its size."""
     size = node.meta["val"].numel()
     for user in node.users:
         if user.op != "call_function" or not isinstance(user.target, torch._ops.OpOverload):
             continue
-        if user.target in _LOOPS or torch.Tag.reduction in user.target.tags:
+        if torch.Tag.reduction in user.target.tags:
             return True
-        if user.target in _VIEWS or torch.Tag.pointwise in user.target.tags:
-            value = user.meta["val"]
-            if value.numel() != size or kernel_follows(user):
-                return True
+        passes_on = user.target in _VIEWS or torch.Tag.pointwise in user.target.tags
+        if passes_on and user.meta["val"].numel() == size and reduction_follows(user):
+            return True
     return False
 
 
