@@ -75,7 +75,7 @@ def test_parts_are_added_by_the_kernel_that_follows():
     assert split_of(down) == 2
     FileCheck().check("acc = accumulate(").check_not("reduce(acc").check("pid_k").check("tl.store(out_ptr").run(down)
     FileCheck().check("rsqrt").run(norm)
-    assert "mean" in launches(module.code)[-1]
+    assert launches(module.code)[-1].startswith(("triton_red", "triton_per"))
     assert f"(2, 2, {DIM}), ({2 * DIM}, {DIM}, 1)" in module.code
     ((total, normed),) = _interpret([module])
     _check(total, _reference(model.mlp, x), torch.bfloat16)

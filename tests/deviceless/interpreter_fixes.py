@@ -2,8 +2,9 @@
 
 It keeps a bf16 tensor as its raw uint16 bits. Loads, stores and bitcasts are right, arithmetic is not: `tl.dot` and `+`
 compute with the integers, and a cast to bf16 truncates where the hardware rounds to nearest even. Here bf16 is widened
-to fp32 before any arithmetic and rounded after it. And libdevice is a library of machine code, which an interpreter
-cannot call: its functions are taken from torch by name.
+to fp32 before any arithmetic and rounded after it. A scalar int1 that meets a block becomes int8, which Triton 3.9 refuses
+as a mask. And libdevice is a library of machine code, which an interpreter cannot call: its functions are taken from
+torch by name.
 
 Imported only where TRITON_INTERPRET=1 (interpreter.py); `test_deviceless_harness.py` pins that the reasons still hold.
 """
@@ -71,6 +72,14 @@ def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num
     return TensorHandle(np.matmul(a.data, b.data, dtype=d.data.dtype) + d.data, d.dtype.scalar)
 
 
+def _splat_keeps_bool(method: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(self: Any, ret_ty: Any, arg: TensorHandle) -> TensorHandle:
+        result = method(self, ret_ty, arg)
+        return TensorHandle(result.data.astype(arg.data.dtype), result.dtype)
+
+    return wrapped
+
+
 _TORCH_NAMES = {"rint": "round", "nearbyint": "round", "fabs": "abs"}
 
 
@@ -119,3 +128,4 @@ def apply() -> None:
     for name in ("cast_impl", "create_fp_to_fp"):
         setattr(InterpreterBuilder, name, _cast(getattr(InterpreterBuilder, name)))
     InterpreterBuilder.create_dot = _create_dot
+    InterpreterBuilder.create_splat = _splat_keeps_bool(InterpreterBuilder.create_splat)
