@@ -73,7 +73,7 @@ def presented_weight(node: Node) -> tuple[Node, Tensor] | None:
 
 
 def rows_shown(node: Node, rows_first: bool) -> range | None:
-    """The rows of a dequantized weight that `node` shows, as [..., rows, K] (rows_first) or [..., K, rows]; None for no such.
+    """The rows of a dequantized weight that `node` shows, as [..., rows, K] (rows_first) or [..., K, rows], or None.
 
     The leading dimensions must be broadcast.
     """

@@ -170,23 +170,27 @@ class WeightInput:
 
     def __init__(self, positions: Sequence[int], planes: Planes) -> None:
         self.positions = tuple(positions)
-        self.planes = planes
+        self._use(planes)
 
     def tensors(self, args: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(w4, w2, scale) of the parameters that this call passes among `args`, refreshed if they have changed."""
-        for weight, position in zip(self.planes.weights, self.positions, strict=True):
+        for weight, position in self._places:
             if not weight.is_fresh(args[position]):
                 self._catch_up([args[position] for position in self.positions])
                 break
         return self.planes.tensors
+
+    def _use(self, planes: Planes) -> None:
+        self.planes = planes
+        self._places = tuple(zip(planes.weights, self.positions, strict=True))
 
     def _catch_up(self, parameters: list[Tensor]) -> None:
         planes = self.planes
         if not planes.belong_to(parameters):
             # Dynamo runs one graph for all layers that look alike: then each has its own planes. Only the successor of a
             # parameter that is gone takes over its planes.
-            self.planes = planes = packed_planes(parameters, planes.spec, [w.name for w in planes.weights], planes)
-        for weight, parameter in zip(planes.weights, parameters, strict=True):
+            self._use(packed_planes(parameters, planes.spec, [w.name for w in planes.weights], planes))
+        for weight, parameter in zip(self.planes.weights, parameters, strict=True):
             if not weight.is_fresh(parameter):
                 weight.refresh(parameter)
 

@@ -214,36 +214,37 @@ def test_rows_that_fill_no_tile_come_last(sizes, matmuls, captured):
     torch.testing.assert_close(actual, _expected(model, x), rtol=0, atol=0)
 
 
-def _apart(function, *shapes, parameters=None):
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.ParameterList(parameters or [torch.randn(shape) / 16 for shape in shapes])
+class Function(nn.Module):
+    """`function(x, *weights)` with the weights as the module's own parameters."""
 
-        def forward(self, x):
-            return function(x, *self.w)
+    def __init__(self, function, *shapes) -> None:
+        super().__init__()
+        self.function = function
+        for name, shape in zip("abc", shapes, strict=False):
+            self.register_parameter(name, nn.Parameter(torch.randn(shape) / 16))
 
-    return Model()
+    def forward(self, x):
+        return self.function(x, *[getattr(self, name) for name in "abc" if hasattr(self, name)])
 
 
 NK, KN = (128, DIM), (DIM, 128)
 # name: (model, matmuls that remain)
 SEVERAL = {
-    "linear": (_apart(lambda x, a, b: (F.linear(x, a), F.linear(x, b)), NK, NK), 1),
-    "x @ w": (_apart(lambda x, a, b: (x @ a, x @ b), KN, KN), 1),
-    "x @ w.T": (_apart(lambda x, a, b: (x @ a.T, x @ b.T), NK, NK), 1),
-    "addmm": (_apart(lambda x, a, b: (torch.addmm(x[0, :128], x, a), torch.addmm(x[1, :128], x, b)), KN, KN), 1),
-    "both ways round": (_apart(lambda x, a, b: (x @ a, x @ b.T), KN, NK), 2),
-    "other inputs": (_apart(lambda x, a, b: (F.linear(x, a), F.linear(x + 1, b)), NK, NK), 2),
-    "used twice": (_apart(lambda x, a, b: (F.linear(x, a), F.linear(x, b), F.linear(x + 1, a)), NK, NK), 3),
-    "einsum": (_apart(lambda x, a, b: (torch.einsum("mk,nk->mn", x, a), torch.einsum("mk,nk->mn", x, b)), NK, NK), 2),
-    "same weight": (_apart(lambda x, a: (F.linear(x, a), F.linear(x, a, x[0, :128])), NK), 1),
-    "input changed between": (_apart(lambda x, a, b: (F.linear(y := x + 0, a), F.linear(y.add_(1), b)), NK, NK), 2),
+    "linear": (Function(lambda x, a, b: (F.linear(x, a), F.linear(x, b)), NK, NK), 1),
+    "x @ w": (Function(lambda x, a, b: (x @ a, x @ b), KN, KN), 1),
+    "x @ w.T": (Function(lambda x, a, b: (x @ a.T, x @ b.T), NK, NK), 1),
+    "addmm": (Function(lambda x, a, b: (torch.addmm(x[0, :128], x, a), torch.addmm(x[1, :128], x, b)), KN, KN), 1),
+    "both ways round": (Function(lambda x, a, b: (x @ a, x @ b.T), KN, NK), 2),
+    "other inputs": (Function(lambda x, a, b: (F.linear(x, a), F.linear(x + 1, b)), NK, NK), 2),
+    "used twice": (Function(lambda x, a, b: (F.linear(x, a), F.linear(x, b), F.linear(x + 1, a)), NK, NK), 3),
+    "einsum": (Function(lambda x, a, b: (torch.einsum("mk,nk->mn", x, a), torch.einsum("mk,nk->mn", x, b)), NK, NK), 2),
+    "same weight": (Function(lambda x, a: (F.linear(x, a), F.linear(x, a, x[0, :128])), NK), 1),
+    "input changed between": (Function(lambda x, a, b: (F.linear(y := x + 0, a), F.linear(y.add_(1), b)), NK, NK), 2),
     "input changed unseen": (
-        _apart(lambda x, a, b: (F.linear(y := x + 0, a), y.mul_(2), F.linear(y, b))[::2], NK, NK),
+        Function(lambda x, a, b: (F.linear(y := x + 0, a), y.mul_(2), F.linear(y, b))[::2], NK, NK),
         2,
     ),
-    "one too small": (_apart(lambda x, a, b: (F.linear(x, a), F.linear(x, b)), NK, (64, DIM)), 1),
+    "one too small": (Function(lambda x, a, b: (F.linear(x, a), F.linear(x, b)), NK, (64, DIM)), 1),
 }
 
 
