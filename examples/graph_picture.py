@@ -33,7 +33,7 @@ Edges = dict[str, list[str]]
 
 
 class Gate(nn.Module):
-    """relu(gate(x)) * up(x): two linears of one input, one with a bias, and something to fuse with them."""
+    """relu(gate(x)) * up(x): two linears of one input, which become one matmul, and what follows them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,13 +106,13 @@ def draw(axes: Axes, graph: Edges, title: str) -> None:
 
 
 def _spread(label: str, graph: Edges, across: dict[str, float]) -> None:
-    """Inputs side by side in the order they are met, everything else under the inputs that nothing else has met before."""
+    """Under the inputs that nothing else has met before; a column of its own for what has none."""
     fresh = [source for source in graph[label] if source not in across]
     for source in fresh:
         if source not in across:
             _spread(source, graph, across)
-    under = [across[source] for source in fresh or graph[label]]
-    across[label] = sum(under) / len(under) if under else float(sum(not graph[other] for other in across))
+    column = max(across.values(), default=-1.0) + 1
+    across[label] = sum(across[source] for source in fresh) / len(fresh) if fresh else column
 
 
 def main() -> None:

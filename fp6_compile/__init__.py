@@ -6,6 +6,7 @@
     ops        fp6::dequantize, fp6::mm: what a packed weight means
     config     the options
     linears    which inputs of a graph are weights, and why others are not
+    merging    which weights multiply the same input
     weights    packed planes, once per parameter, never stale
     report     what was taken, what was left alone and why
     graph      Dynamo's graph with packed weights

@@ -1,6 +1,7 @@
 """The torch.compile backend `fp6`: Dynamo's graph in, a compiled function out. Wiring only.
 
 Dynamo graph --+-- linears.py   which inputs are weights of linears
+               +-- merging.py   which of them multiply the same input
                +-- weights.py   their planes, packed once, kept fresh
                v
 graph.py       the graph with three inputs (w4, w2, scale) and a fp6::dequantize in the place of each such weight
@@ -52,7 +53,7 @@ def fp6(
     kept, taken = packed.kept, packed.taken
 
     def run(*args: Any) -> Any:
-        planes = [tensor for weight in taken for tensor in weight.tensors(args[weight.position])]
+        planes = [tensor for weight in taken for tensor in weight.tensors(args)]
         return compiled(*[args[position] for position in kept], *planes)
 
     return run

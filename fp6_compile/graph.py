@@ -3,6 +3,9 @@
     before   linear = F.linear(x, weight, bias)
     after    dequantize = fp6.dequantize(w4, w2, scale, ...);  linear = F.linear(x, dequantize, bias)
 
+    before   q = F.linear(x, wq);  k = F.linear(x, wk)
+    after    w = fp6.dequantize(w4, w2, scale, ...);  q = F.linear(x, w[:n]);  k = F.linear(x, w[n:])
+
 w4, w2 and scale are new inputs of the graph, behind all others, marked as static: AOTAutograd and Inductor can then cache
 the graph, CUDA graphs need not copy them, and their contents can change. A weight that nothing else reads is an input no
 more.
@@ -10,7 +13,7 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +22,11 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from fp6_compile.config import Options
-from fp6_compile.linears import Weight, find_weight, module_names, refusal
+from fp6_compile.linears import find_weight, module_names, refusal
+from fp6_compile.merging import Candidate, groups
 from fp6_compile.packing import layout_for
 from fp6_compile.report import LinearReport, count
-from fp6_compile.weights import PackSpec, WeightInput, packed_weight
+from fp6_compile.weights import PackSpec, Planes, WeightInput, packed_planes
 
 
 class PackedGraph:
@@ -38,76 +42,114 @@ class PackedGraph:
         self.gm, self._copies = _copy(gm)
         self.kept = list(range(len(example_inputs)))
         self.taken: list[WeightInput] = []
-        self.linears: list[LinearReport] = []
-        for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-            weight = find_weight(node)
-            if weight is not None and _is_static(node, example_inputs[position]):
-                self._consider(position, weight, example_inputs[position])
+        self._lines: dict[int, LinearReport] = {}
+        for group in groups(self._candidates(gm)):
+            self._take(group)
+        self.linears = [self._lines[position] for position in sorted(self._lines)]
         self.gm.graph.lint()
         self.gm.recompile()
 
     def inputs(self) -> list[Any]:
         """Example inputs of the new graph. Packed ones are fake already: AOTAutograd would give their sizes symbols."""
         tracing = TracingContext.try_get()
-        planes = [tensor for weight in self.taken for tensor in weight.packed.tensors]
+        planes = [tensor for weight in self.taken for tensor in weight.planes.tensors]
         if tracing is not None and tracing.fake_mode is not None:
             planes = [tracing.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in planes]
         return [self.example_inputs[position] for position in self.kept] + planes
 
-    def _consider(self, position: int, weight: Weight, value: Tensor) -> None:
-        names = module_names(weight)
-        refused = refusal(weight, value, names, self.options)
-        bytes_after, note = value.nbytes, None
-        if refused is None:
-            try:
-                bytes_after = self._take(position, weight, value, names[0])
-                note = f"{value.dtype} kept for {', '.join(weight.others)}" if weight.others else None
-            except ValueError as error:
-                refused = str(error), False
-        reason, excused = refused or (None, True)
+    def _candidates(self, gm: GraphModule) -> Iterator[Candidate]:
+        for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+            weight, value = find_weight(node), self.example_inputs[position]
+            if weight is None or not _is_static(node, value):
+                continue
+            candidate = Candidate(position, weight, value, module_names(weight))
+            refused = refusal(weight, value, candidate.names, self.options)
+            if refused is None:
+                yield candidate
+            else:
+                self._refuse(candidate, *refused)
+
+    def _refuse(self, candidate: Candidate, reason: str, excused: bool) -> None:
         if self.options.strict and not excused:
-            raise ValueError(f"fp6: strict: cannot take {names[0]}: {reason}")
-        count("linears_refused" if reason else "linears_taken")
-        shape = tuple(value.shape[::-1]) if weight.users[True] and not weight.users[False] else tuple(value.shape)
-        self.linears.append(LinearReport(names[0], shape, value.dtype, value.nbytes, bytes_after, reason, note))
+            raise ValueError(f"fp6: strict: cannot take {candidate.names[0]}: {reason}")
+        count("linears_refused")
+        self._report(candidate, candidate.value.nbytes, reason=reason)
 
-    def _take(self, position: int, weight: Weight, value: Tensor, name: str) -> int:
-        """Put `fp6::dequantize` before every linear that reads the weight; the bytes that they read from now on."""
+    def _report(self, candidate: Candidate, size: int, **reason_or_note: str | None) -> None:
+        value = candidate.value
+        shape = tuple(value.shape[::-1]) if candidate.orientations == [True] else tuple(value.shape)
+        line = LinearReport(candidate.names[0], shape, value.dtype, value.nbytes, size, **reason_or_note)
+        self._lines[candidate.position] = line
+
+    def _take(self, group: list[Candidate]) -> None:
+        """Pack a group of weights side by side, and put `fp6::dequantize` before every linear that reads them."""
+        try:
+            packs = [self._pack(group, transposed) for transposed in group[0].orientations]
+        except ValueError as error:  # one of the weights has values that cannot be quantized
+            for candidate in group if len(group) > 1 else ():
+                self._take([candidate])
+            if len(group) == 1:
+                self._refuse(group[0], str(error), excused=False)
+            return
+        for planes in packs:
+            self._replace(group, planes)
+            self.taken.append(WeightInput([candidate.position for candidate in group], planes))
+        for i, candidate in enumerate(group):
+            self._drop(candidate)
+            count("linears_taken")
+            size = sum(tensor.nbytes for planes in packs for tensor in planes.weights[i].tensors)
+            self._report(candidate, size, note=_note(candidate, group))
+
+    def _pack(self, group: list[Candidate], transposed: bool) -> Planes:
+        options, value = self.options, group[0].value
         layout = layout_for(value.device, value.dtype)
-        options, size = self.options, 0
-        packs = {}
-        for transposed in (t for t, users in weight.users.items() if users):
-            spec = PackSpec(options.format, options.group_size, options.scale, layout, transposed, value.device)
-            packs[transposed] = packed_weight(value, spec, name)
-        old = self._copies[weight.placeholder]
-        for transposed, packed in packs.items():
-            new = self._dequantize(old, packed.spec, tuple(value.shape), value.dtype)
-            for user in weight.users[transposed]:
-                self._copies[user].replace_input_with(old, new)
-            self.taken.append(WeightInput(position, packed))
-            size += sum(tensor.nbytes for tensor in packed.tensors)
-        if not old.users:
-            self.gm.graph.erase_node(old)
-            self.kept.remove(position)
-        return size
+        spec = PackSpec(options.format, options.group_size, options.scale, layout, transposed, value.device)
+        return packed_planes([c.value for c in group], spec, [c.names[0] for c in group])
 
-    def _dequantize(self, old: Node, spec: PackSpec, shape: tuple[int, ...], dtype: torch.dtype) -> Node:
+    def _replace(self, group: list[Candidate], planes: Planes) -> None:
+        """Each weight's readers read its rows of the dequantized planes instead."""
+        transposed, last, first = planes.spec.transposed, self._dequantize(group[0], planes.spec), 0
+        whole = last
+        for candidate in group:
+            new = whole
+            if len(group) > 1:
+                with self.gm.graph.inserting_after(last):
+                    new = last = self.gm.graph.call_method("narrow", (whole, 0, first, candidate.rows))
+                first += candidate.rows
+            if transposed:
+                with self.gm.graph.inserting_after(last):
+                    new = last = self.gm.graph.call_method("t", (new,))
+            for user in candidate.weight.users[transposed]:
+                self._copies[user].replace_input_with(self._copies[candidate.weight.placeholder], new)
+
+    def _dequantize(self, candidate: Candidate, spec: PackSpec) -> Node:
         graph = self.gm.graph
+        name = self._copies[candidate.weight.placeholder].name
         last = graph.find_nodes(op="placeholder")[-1]
         planes: list[Node] = []
-        for name in ("w4", "w2", "scale"):
+        for plane in ("w4", "w2", "scale"):
             with graph.inserting_after(planes[-1] if planes else last):
-                planes.append(graph.placeholder(f"{old.name}{'t_' if spec.transposed else ''}{name}"))
+                planes.append(graph.placeholder(f"{name}{'t_' if spec.transposed else ''}{plane}"))
             planes[-1]._dynamo_source = None
             planes[-1].meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        k = shape[0] if spec.transposed else shape[1]
+        k = candidate.value.shape[0 if spec.transposed else 1]
         with graph.inserting_after(planes[-1]):
-            how = (spec.format, spec.layout, spec.group_size, k, dtype)
-            new = graph.call_function(torch.ops.fp6.dequantize.default, (*planes, *how))
-        if spec.transposed:
-            with graph.inserting_after(new):
-                new = graph.call_method("t", (new,))
-        return new
+            how = (spec.format, spec.layout, spec.group_size, k, candidate.value.dtype)
+            return graph.call_function(torch.ops.fp6.dequantize.default, (*planes, *how))
+
+    def _drop(self, candidate: Candidate) -> None:
+        """A weight that nothing reads any more is no input any more."""
+        old = self._copies[candidate.weight.placeholder]
+        if not old.users:
+            self.gm.graph.erase_node(old)
+            self.kept.remove(candidate.position)
+
+
+def _note(candidate: Candidate, group: list[Candidate]) -> str | None:
+    others, readers = [c.names[0] for c in group if c is not candidate], candidate.weight.others
+    notes = [f"merged with {', '.join(others)}"] if others else []
+    notes += [f"{candidate.value.dtype} kept for {', '.join(readers)}"] if readers else []
+    return "; ".join(notes) or None
 
 
 def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

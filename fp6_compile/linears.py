@@ -76,6 +76,13 @@ def find_weight(placeholder: Node) -> Weight | None:
     return weight if weight.matmuls else None
 
 
+def input_of(weight: Weight) -> Node | None:
+    """The x that the weight's first matmul multiplies; None in einsum, which may bend it first."""
+    matmul = weight.matmuls[0]
+    position = 1 if _name(matmul) in _ADDMM else 0
+    return None if _name(matmul) == "einsum" else _arguments(matmul)[position]
+
+
 def module_names(weight: Weight) -> list[str]:
     """The names a `skip` glob is matched with, the one to report first: of the modules that multiply, of the parameter.
 

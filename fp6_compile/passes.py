@@ -3,6 +3,12 @@
     before   permute = aten.permute(fp6.dequantize(w4, w2, scale, ...), [1, 0]);  addmm = aten.addmm(bias, x, permute)
     after    mm = fp6.mm(x, w4, w2, scale, ...);  add = aten.add(mm, bias)
 
+A matmul whose weight is some rows of a dequantized one becomes the same columns of the fp6::mm by all of it, and calls of
+fp6::mm with equal arguments become one: that is how the linears that merging.py packs side by side are one launch.
+
+    before   q = aten.mm(x, permute(dequantize[:n]));  k = aten.mm(x, permute(dequantize[n:]))
+    after    mm = fp6.mm(x, w4, w2, scale, ...);  q = mm[:, :n];  k = mm[:, n:]
+
 It runs on AOTAutograd's joint graph, before Inductor's own passes touch matmuls. By then linear, matmul, einsum and Conv1D
 are mm, addmm, bmm or mv with some chain of views on the weight. The chain is not matched against a list of known ones: it is
 replayed on a meta tensor, and its strides tell whether it presents the weight [N, K] as the [K, N] that the matmul wants.
@@ -12,6 +18,7 @@ A dequantize that no matmul took is decomposed, so that Inductor fuses it like a
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +35,7 @@ from torch._inductor.pattern_matcher import (
     register_graph_pattern,
 )
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 
 from fp6_compile import ops
 from fp6_compile.report import count
@@ -37,6 +45,7 @@ aten, fp6, prims = torch.ops.aten, torch.ops.fp6, torch.ops.prims
 _VIEWS = (
     *(aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten.reshape.default),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten._unsafe_view.default),
+    aten.slice.Tensor,
 )
 # Casts and copies change no value that the matmul would not round again: fp6::mm rounds the weight to x's dtype, once.
 _COPIES = (prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.alias.default)
@@ -63,39 +72,45 @@ def presented_weight(node: Node) -> tuple[Node, Tensor] | None:
     return node, shown
 
 
-def _shows(node: Node, rows_first: bool) -> bool:
-    """Whether `node` is a whole dequantized weight as [..., N, K] (rows_first) or [..., K, N], broadcast over the rest."""
+def rows_shown(node: Node, rows_first: bool) -> range | None:
+    """The rows of a dequantized weight that `node` shows, as [..., rows, K] (rows_first) or [..., K, rows], or None.
+
+    The leading dimensions must be broadcast.
+    """
     found = presented_weight(node) if isinstance(node, Node) else None
     if found is None:
-        return False
+        return None
     dequantize, shown = found
-    n, k = dequantize.meta["val"].shape
-    shape, strides = ((n, k), (k, 1)) if rows_first else ((k, n), (1, k))
-    same = all(size == 1 or a == b for size, a, b in zip(shape, shown.stride()[-2:], strides, strict=True))
-    broadcast = all(
-        size == 1 or stride == 0 for size, stride in zip(shown.shape[:-2], shown.stride()[:-2], strict=True)
-    )
-    return tuple(shown.shape[-2:]) == shape and shown.storage_offset() == 0 and same and broadcast
+    k = dequantize.meta["val"].shape[1]
+    matrix = shown if rows_first else shown.mT
+    rows, first = matrix.shape[-2], shown.storage_offset() // k
+    # Sizes and strides that matter must be those of a stretch of rows.
+    sizes, strides = (*shown.shape[:-2], rows, k), (*[0] * (shown.dim() - 2), k, 1)
+    same = all(size == 1 or a == b for size, a, b in zip(sizes, matrix.stride(), strides, strict=True))
+    if matrix.shape != sizes or not same or shown.storage_offset() % k:
+        return None
+    return range(first, first + rows)
 
 
 def _weight_is(name: str, rows_first: bool = False) -> Any:
     # Keywords that a pattern does not name are passed over by the matcher, and addmm's beta and alpha are such.
-    return lambda match: not match.output_node().kwargs and _shows(match.kwargs[name], rows_first)
+    return lambda match: not match.output_node().kwargs and rows_shown(match.kwargs[name], rows_first) is not None
 
 
-def _packed(node: Node) -> tuple[Any, ...]:
-    """The arguments (w4, w2, scale, format, layout, group_size) that fp6::mm shares with fp6::dequantize."""
+def _packed(node: Node, rows_first: bool = False) -> tuple[Any, ...]:
+    """The rows that `node` shows, and the arguments (w4, w2, scale, format, layout, group_size) of fp6::mm by all rows."""
     dequantize, _ = presented_weight(node)  # type: ignore[misc]
     count("mm")
-    return dequantize.args[:6]
+    return rows_shown(node, rows_first), *dequantize.args[:6]
 
 
-def _fp6_mm(x: Tensor, *packed: Any) -> Tensor:
-    return fp6.mm(x, *packed)
+def _fp6_mm(x: Tensor, rows: range, w4: Tensor, w2: Tensor, scale: Tensor, *how: Any) -> Tensor:
+    out = fp6.mm(x, w4, w2, scale, *how)
+    return out if len(rows) == scale.shape[1] else out[..., rows.start : rows.stop]
 
 
 def _fp6_mm_bias(bias: Tensor, x: Tensor, *packed: Any) -> Tensor:
-    return fp6.mm(x, *packed) + bias
+    return _fp6_mm(x, *packed) + bias
 
 
 @register_graph_pattern(
@@ -110,7 +125,7 @@ def _fp6_mm_bias(bias: Tensor, x: Tensor, *packed: Any) -> Tensor:
     pass_dict=_matmuls,
 )
 def _matmul(match: Match, x: Node, w: Node) -> None:
-    match.replace_by_example(_fp6_mm, [x, *_packed(w)])
+    match.replace_by_example(_fp6_mm, [x, *_packed(w, rows_first=match.output_node().target is aten.mv.default)])
 
 
 @register_graph_pattern(
@@ -128,7 +143,7 @@ def _is_row_times_weight(match: Match) -> bool:
     return (
         last in (ndim, -1)
         and list(dims) == [ndim - 1]
-        and _shows(w, rows_first=False)
+        and rows_shown(w, rows_first=False) is not None
         and _sixteen_bits(x, w) is not None
     )
 
@@ -159,7 +174,7 @@ def _row_times_weight(match: Match, x: Node, w: Node, last: int, dims: Sequence[
     dtype = match.output_node().meta["val"].dtype
 
     def rounded(x: Tensor, *packed: Any) -> Tensor:
-        return fp6.mm(x, *packed).to(dtype)
+        return _fp6_mm(x, *packed).to(dtype)
 
     match.replace_by_example(rounded, [_sixteen_bits(x, w), *_packed(w)])
 
@@ -168,6 +183,44 @@ def _row_times_weight(match: Match, x: Node, w: Node, last: int, dims: Sequence[
 def _leftover(match: Match, *args: Any) -> None:
     count("decomposed")
     match.replace_by_example(ops.dequantize, args)
+
+
+def _merge(graph: Graph) -> None:
+    """Calls of fp6::mm with equal arguments become one, where the first of them was."""
+    first: dict[Any, Node] = {}
+    for node in graph.find_nodes(op="call_function", target=fp6.mm.default):
+        known = first.setdefault(tuple(map(_value, node.args)), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+            count("merged")
+
+
+def _value(node: Any) -> Any:
+    """A key that is equal for equal views of the same tensor, and for equal computations with sizes."""
+    is_size = isinstance(node, Node) and not isinstance(node.meta.get("val"), Tensor)
+    if not isinstance(node, Node) or node.op != "call_function" or not (is_size or node.target in (*_VIEWS, *_COPIES)):
+        return node
+    return node.target, *map(_value, tree_leaves(node.args)), *node.kwargs, *map(_value, tree_leaves(node.kwargs))
+
+
+def _keep_outputs_apart(graph: Graph) -> None:
+    """Columns of a merged product that leave the graph are copied: callers count on strides, and keep what they get."""
+    for node in graph.find_nodes(op="call_function", target=aten.slice.Tensor):
+        if node.args[0].target is fp6.mm.default and _leaves(node):
+            with graph.inserting_after(node):
+                copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+            copy.meta["val"] = node.meta["val"].clone(memory_format=torch.contiguous_format)
+            node.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+
+
+def _leaves(node: Node) -> bool:
+    """Whether `node` or a view of it is an output of the graph."""
+    return any(user.op == "output" or (_is_view(user) and _leaves(user)) for user in node.users)
+
+
+def _is_view(node: Node) -> bool:
+    return node.target in (*_VIEWS, operator.getitem) or getattr(node.target, "is_view", False)
 
 
 class FP6Pass(CustomGraphPass):
@@ -181,7 +234,9 @@ class FP6Pass(CustomGraphPass):
         for graph_pass in self.before:
             graph_pass(graph)
         _matmuls.apply(graph)
+        _merge(graph)
         graph.eliminate_dead_code()
+        _keep_outputs_apart(graph)
         _leftovers.apply(graph)
 
     def uuid(self) -> Any | None:

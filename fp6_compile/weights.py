@@ -1,5 +1,9 @@
 """Packed weights: made once per parameter, shared by every graph that reads it, and never stale.
 
+Weights that multiply the same input lie side by side in one set of planes, so that one matmul reads them all (merging.py);
+each still follows its own parameter, in its own rows. A weight that one graph has in such a set and another graph has alone,
+or in another set, is packed for each.
+
 The parameter stays the user's own, and they may change it after compilation: `copy_`, `load_state_dict`, an optimizer step,
 `p.data = ...`, `module.weight = nn.Parameter(...)`. None of that fails a Dynamo guard, so every call asks each packed weight
 whether it still belongs to what it was made from: the same tensor, the same storage, the same version. If not, the new
@@ -12,6 +16,7 @@ One kind of change leaves no trace in PyTorch: writing in place through `.data`,
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +43,10 @@ class PackSpec:
 
 
 class PackedWeight:
-    """The tensors (w4, w2, scale) of one parameter, and the state of the parameter that they were made from."""
+    """The tensors (w4, w2, scale) of one parameter, and the state of the parameter that they were made from.
+
+    The tensors may be rows of larger ones, of `Planes`.
+    """
 
     def __init__(self, parameter: Tensor, spec: PackSpec, name: str) -> None:
         self.spec = spec
@@ -101,48 +109,99 @@ class PackedWeight:
             self._id = None
 
 
+class Planes:
+    """A set of planes (w4, w2, scale): the packed weights of one or more parameters, side by side along N.
+
+    Rows of all weights but the last must fill whole indices of the layout (packing.rows_per_index).
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str]) -> None:
+        self.spec = spec
+        self.weights = [PackedWeight(parameter, spec, name) for parameter, name in zip(parameters, names, strict=True)]
+        self.tensors = self.weights[0].tensors
+        if len(parameters) > 1:
+            self._join()
+
+    def belong_to(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether they were made from these very parameters, fresh or not."""
+        return len(parameters) == len(self.weights) and all(map(PackedWeight.belongs_to, self.weights, parameters))
+
+    def may_pass_to(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether every parameter that they were made from is the one given in its place, or gone."""
+        return all(w.is_orphan or w.belongs_to(p) for w, p in zip(self.weights, parameters, strict=True))
+
+    def _join(self) -> None:
+        with torch.inference_mode(False):
+            wholes = []
+            parts = []
+            for tensors, dim in zip(zip(*(w.tensors for w in self.weights), strict=True), (0, 0, 1), strict=True):
+                wholes.append(torch.cat(tensors, dim))
+                parts.append(wholes[-1].split([tensor.shape[dim] for tensor in tensors], dim))
+        w4, w2, scale = wholes
+        self.tensors = w4, w2, scale
+        for weight, *rows in zip(self.weights, *parts, strict=True):
+            weight.tensors = tuple(rows)
+
+
+# For every parameter, the planes with its rows.
 _packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def packed_weight(parameter: Tensor, spec: PackSpec, name: str) -> PackedWeight:
-    """The packed weight of `parameter`, made now or by an earlier graph (another shape, prefill and decode)."""
-    by_spec = _packed.setdefault(parameter, {})
-    if spec not in by_spec:
-        by_spec[spec] = PackedWeight(parameter, spec, name)
-    return by_spec[spec]
+def packed_planes(
+    parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str], old: Planes | None = None
+) -> Planes:
+    """The planes of `parameters`: of an earlier graph (another shape, prefill and decode), or `old` ones, or made now.
+
+    `old` are planes that these parameters may take over: those of parameters that are gone.
+    Raises ValueError if a parameter cannot be quantized.
+    """
+    for planes in _packed.get(parameters[0], ()):
+        if planes.spec == spec and planes.belong_to(parameters):
+            return planes
+    planes = old if old is not None and old.may_pass_to(parameters) else Planes(parameters, spec, names)
+    for parameter in parameters:
+        others = [o for o in _packed.get(parameter, ()) if o is not planes and not any(w.is_orphan for w in o.weights)]
+        _packed[parameter] = [*others, planes]
+    return planes
 
 
 class WeightInput:
-    """The place of one weight among the inputs of a compiled graph."""
+    """The place of one set of planes among the inputs of a compiled graph, and of its parameters among Dynamo's."""
 
-    def __init__(self, position: int, packed: PackedWeight) -> None:
-        self.position = position
-        self.packed = packed
+    def __init__(self, positions: Sequence[int], planes: Planes) -> None:
+        self.positions = tuple(positions)
+        self._use(planes)
 
-    def tensors(self, parameter: Tensor) -> tuple[Tensor, ...]:
-        """(w4, w2, scale) of the parameter that this call passes, refreshed if it has changed."""
-        if not self.packed.is_fresh(parameter):
-            self._catch_up(parameter)
-        return self.packed.tensors
+    def tensors(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """(w4, w2, scale) of the parameters that this call passes among `args`, refreshed if they have changed."""
+        for weight, position in self._places:
+            if not weight.is_fresh(args[position]):
+                self._catch_up([args[position] for position in self.positions])
+                break
+        return self.planes.tensors
 
-    def _catch_up(self, parameter: Tensor) -> None:
-        packed = self.packed
-        if not packed.belongs_to(parameter):
-            by_spec = _packed.setdefault(parameter, {})
+    def _use(self, planes: Planes) -> None:
+        self.planes = planes
+        self._places = tuple(zip(planes.weights, self.positions, strict=True))
+
+    def _catch_up(self, parameters: list[Tensor]) -> None:
+        planes = self.planes
+        if not planes.belong_to(parameters):
             # Dynamo runs one graph for all layers that look alike: then each has its own planes. Only the successor of a
             # parameter that is gone takes over its planes.
-            if packed.is_orphan and packed.spec not in by_spec:
-                by_spec[packed.spec] = packed
-            self.packed = packed = packed_weight(parameter, packed.spec, packed.name)
-        if not packed.is_fresh(parameter):
-            packed.refresh(parameter)
+            self._use(packed_planes(parameters, planes.spec, [w.name for w in planes.weights], planes))
+        for weight, parameter in zip(self.planes.weights, parameters, strict=True):
+            if not weight.is_fresh(parameter):
+                weight.refresh(parameter)
 
 
 def refresh(model: torch.nn.Module) -> None:
     """Quantize the weights of `model` anew at their next use; only needed after writing in place through `.data`."""
     for parameter in model.parameters():
-        for packed in _packed.get(parameter, {}).values():
-            packed.invalidate()
+        for planes in _packed.get(parameter, ()):
+            for weight in planes.weights:
+                if weight.belongs_to(parameter):
+                    weight.invalidate()
 
 
 def forget_weights() -> None:

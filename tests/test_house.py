@@ -15,6 +15,7 @@ FLOORS = [
     {"packing", "quantize"},
     {"config", "kernels"},
     {"ops", "linears", "weights", "report"},
+    {"merging"},
     {"graph", "passes", "lowerings"},
     {"backend"},
 ]

@@ -116,19 +116,17 @@ return mm0
             graphs.after[0],
             """\
 in0: f16[4, 256]
-in1: u8[64, 4, 2, 64]
-in2: u8[64, 4, 64]
-in3: f32[1, 256]
-in4: u8[32, 4, 2, 64]
-in5: u8[32, 4, 64]
-in6: f32[1, 128]
-in7: u8[32, 4, 2, 64]
-in8: u8[32, 4, 64]
-in9: f32[1, 128]
-mm0: f16[4, 256] = fp6.mm(in0, in1, in2, in3, e3m2, cpu.v1, None)
-mm1: f16[4, 128] = fp6.mm(in0, in4, in5, in6, e3m2, cpu.v1, None)
-mm2: f16[4, 128] = fp6.mm(in0, in7, in8, in9, e3m2, cpu.v1, None)
-return mm0, mm1, mm2
+in1: u8[128, 4, 2, 64]
+in2: u8[128, 4, 64]
+in3: f32[1, 512]
+mm0: f16[4, 512] = fp6.mm(in0, in1, in2, in3, e3m2, cpu.v1, None)
+slice0: f16[4, 256] = aten.slice.Tensor(mm0, 1, 0, 256)
+clone0: f16[4, 256] = aten.clone(slice0, torch.contiguous_format)
+slice1: f16[4, 128] = aten.slice.Tensor(mm0, 1, 256, 384)
+clone1: f16[4, 128] = aten.clone(slice1, torch.contiguous_format)
+slice2: f16[4, 128] = aten.slice.Tensor(mm0, 1, 384, 512)
+clone2: f16[4, 128] = aten.clone(slice2, torch.contiguous_format)
+return clone0, clone1, clone2
 """,
         )
 
@@ -265,14 +263,36 @@ def _through_the_pass(function, x):
     return gm.graph, gm(x, *planes), f(x, *planes)
 
 
-@pytest.mark.parametrize("cut", [lambda w: w[:128], lambda w: w.view(128, 512), lambda w: w[:, ::2]])
+@pytest.mark.parametrize(
+    "cut", [lambda w: w.view(128, 512), lambda w: w[:, ::2], lambda w: w[::2], lambda w: w[:, 64:]]
+)
 def test_views_that_are_not_the_weight(cut):
-    """The strides tell a whole weight from a part or another shape of it, whatever the chain of views."""
+    """The strides tell a weight or some of its rows from another part or shape of it, whatever the chain of views."""
     x = torch.randn(3, cut(torch.empty(256, 256)).shape[1]).half()
     graph, actual, expected = _through_the_pass(lambda x, w: x @ cut(w).t(), x)
     assert not graph.find_nodes(op="call_function", target=torch.ops.fp6.mm.default)
     assert not graph.find_nodes(op="call_function", target=torch.ops.fp6.dequantize.default)  # decomposed
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: x @ w[32:160].t(),
+        lambda x, w: x @ w.t()[:, 32:][:, :128],
+        lambda x, w: torch.addmm(x[0, :128], x, w[32:160].t()),
+        lambda x, w: w[32:160] @ x[0],
+        lambda x, w: torch.bmm(x[None], w[32:160].t()[None]),
+        lambda x, w: x @ w[32:33].t(),
+    ],
+)
+def test_rows_of_the_weight(product):
+    """Some rows of the weight are some columns of the product."""
+    graph, actual, expected = _through_the_pass(product, torch.randn(3, 256).half())
+    assert len(graph.find_nodes(op="call_function", target=torch.ops.fp6.mm.default)) == 1
+    assert not graph.find_nodes(op="call_function", target=torch.ops.fp6.dequantize.default)
+    close(actual, expected)
+    assert actual.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("factor", ["beta", "alpha"])

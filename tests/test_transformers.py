@@ -27,6 +27,10 @@ def _llama():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA, tie_word_embeddings=False))
 
 
+def _qwen2():
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLAMA, tie_word_embeddings=True))
+
+
 def _gpt2():
     ids = {"bos_token_id": 0, "eos_token_id": 0}
     config = transformers.GPT2Config(n_embd=256, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=128, **ids)
@@ -49,13 +53,14 @@ def _phi3():
     return transformers.Phi3ForCausalLM(transformers.Phi3Config(**LLAMA, **ids))
 
 
-# name: (model, its linears, how many of them are taken)
+# name: (model, its linears, how many of them are taken, launches that merging saves)
 MODELS = {
-    "llama": (_llama, 15, 15),
-    "gpt2": (_gpt2, 9, 9),
-    "bert": (_bert, 13, 13),
-    "mixtral": (_mixtral, 15, 9),
-    "phi3": (_phi3, 9, 9),
+    "llama": (_llama, 15, 15, 6),
+    "qwen2": (_qwen2, 15, 15, 6),  # q, k and v have biases
+    "gpt2": (_gpt2, 9, 9, 0),
+    "bert": (_bert, 13, 13, 4),
+    "mixtral": (_mixtral, 15, 9, 4),
+    "phi3": (_phi3, 9, 9, 0),
 }
 
 
@@ -78,13 +83,14 @@ def _names(model, report):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_eligible_linear_is_taken(name, captured):
     """And the output is that of the same model with dequantized weights; a tied embedding stays float."""
-    make, linears, taken = MODELS[name]
+    make, linears, taken, merged = MODELS[name]
     model = make().to(torch.bfloat16).eval()
     tokens = torch.randint(0, VOCABULARY, (2, 8))
     actual, breaks = _run(torch.compile(model, backend="fp6"), tokens)
     report = fp6_compile.last_report()
     assert (len(report.linears), len(report.taken)) == (linears, taken), str(report)
-    assert counters["fp6"]["mm"] == taken
+    assert (counters["fp6"]["mm"], counters["fp6"]["merged"]) == (taken, merged)
+    assert captured.targets().count("fp6.mm") == taken - merged
     assert all(
         linear.reason in ("a 3-D weight", "fewer than 128 inputs or outputs (min_features)")
         for linear in report.refused
@@ -119,7 +125,7 @@ def _untie(model):
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_dynamic_batch_and_length(name, captured):
     """Phi-3's guards are the ones that fail if the packed inputs were to have symbolic sizes."""
-    make, _, taken = MODELS[name]
+    make, _, taken, _ = MODELS[name]
     compiled = torch.compile(make().to(torch.float16).eval(), backend="fp6", dynamic=True)
     with torch.no_grad():
         compiled(torch.randint(0, VOCABULARY, (2, 8)))

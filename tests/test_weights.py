@@ -61,7 +61,7 @@ def test_change_is_noticed(change, captured):
     model, x = nn.Linear(K, N).half().requires_grad_(False), torch.randn(3, K).half()
     compiled = torch.compile(model, backend="fp6")
     close(compiled(x), _reference(model, x))
-    (packed,) = weights._packed[model.weight].values()
+    (packed,) = weights._packed[model.weight]
     buffers = [tensor.data_ptr() for tensor in packed.tensors]
 
     CHANGES[change](model)
@@ -70,7 +70,7 @@ def test_change_is_noticed(change, captured):
     with torch._dynamo.config.patch(error_on_recompile=True):
         actual = compiled(x)
     close(actual, _reference(model, x))
-    (packed,) = weights._packed[model.weight].values()
+    (packed,) = weights._packed[model.weight]
     assert [tensor.data_ptr() for tensor in packed.tensors] == buffers
     assert counters["fp6"] == {"linears_taken": 1, "weights_packed": 1, "weights_refreshed": 1, "mm": 1}
     compiled(x)
