@@ -16,7 +16,6 @@ import datetime
 import itertools
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.environment import output
 from fp6_compile.kernels.cpu import mm as cpu
 
 SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (2048, 2048)]
@@ -86,21 +86,14 @@ def environment() -> dict[str, Any]:
         "paths": " ".join(cpu.supported_paths()),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": output("git", "rev-parse", "--short", "HEAD"),
         "date": datetime.date.today().isoformat(),
     }
 
 
 def _cpu_name() -> str:
-    names = [line for line in _output("lscpu").splitlines() if line.startswith("Model name")]
+    names = [line for line in output("lscpu").splitlines() if line.startswith("Model name")]
     return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def read_bandwidth(clock: Callable[[], float]) -> float:

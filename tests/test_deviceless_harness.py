@@ -12,11 +12,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import FileCheck
 from torch.utils._triton import has_triton
 
+from benchmarks.machine import TARGETS, compile_kernel
 from tests.deviceless.codegen import generate_cuda_code, generate_modules
 from tests.deviceless.fake_cuda import fake_cuda
 from tests.deviceless.fake_tensors import place, value_of
 from tests.deviceless.interpret import run_interpreted, run_interpreted_all, run_with_interpreter
-from tests.deviceless.machine import TARGETS, compile_kernel
 from tests.deviceless.toy import UNIT, Gated, K, N
 from tests.deviceless.toy_kernel import toy_mm
 

@@ -29,11 +29,13 @@ def run(
     (m, k), n = x.shape, scale.shape[1]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     parts, locks = out, out  # not read unless K is split
+    grid = (-(-n // config.BLOCK_N) * -(-m // config.BLOCK_M) * config.SPLIT_K,)  # triton.cdiv takes 4 us a call
     if config.SPLIT_K > 1:
+        if grid[0] > LOCKS * config.SPLIT_K:
+            raise ValueError(f"config: {config} splits {grid[0] // config.SPLIT_K} tiles, at most {LOCKS} can be")
         parts, locks = out.new_empty(config.SPLIT_K, m, n, dtype=torch.float32), _locks(x.device)
     options = {} if INTERPRETED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
     constants = constexprs(config, fmt, group_size, k, uses_asm(x.device.type))
-    grid = (-(-n // config.BLOCK_N) * -(-m // config.BLOCK_M) * config.SPLIT_K,)  # triton.cdiv takes 4 us a call
     with device_of(x):
         mm_kernel[grid](x, w4, w2, scale, out, parts, locks, m, n, k, x.stride(0), **constants, **options)
     return out

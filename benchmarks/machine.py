@@ -160,7 +160,7 @@ def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, str, Code, tuple[Code
             subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in arguments
         )
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
     # An instruction is "/*0a30*/  @!P0 BRA 0x5c0 ;"; the predicate is dropped, a branch back to an address is a loop.
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", sass, re.MULTILINE)
     index = {int(address, 16): i for i, (address, _) in enumerate(found)}
@@ -172,8 +172,8 @@ def _read_cubin(asm: Mapping[str, Any]) -> tuple[int, int, str, Code, tuple[Code
 
 def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, str, Code, tuple[Code, ...]]:
     text = asm["amdgcn"]
-    registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
-    stack = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
+    registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+    stack = _number(r"\.private_segment_fixed_size:\s+(\d+)", text)
     labels: dict[str, int] = {}
     texts: list[str] = []
     for line in text.splitlines():
@@ -184,6 +184,14 @@ def _read_amdgcn(asm: Mapping[str, Any]) -> tuple[int, int, str, Code, tuple[Cod
     branches = {i: re.match(r"s_c?branch\w*\s+(\.LBB\w+)", text) for i, text in enumerate(texts)}
     edges = [(labels[match[1]], i) for i, match in branches.items() if match]
     return registers, stack, text, *_split(texts, edges)
+
+
+def _number(pattern: str, text: str) -> int:
+    """The first number that `pattern` captures. Raises ValueError where a compiler writes something else by now."""
+    found = re.search(pattern, text)
+    if not found:
+        raise ValueError(f"the compiler's report has nothing like {pattern}")
+    return int(found[1])
 
 
 def _split(texts: Sequence[str], edges: Sequence[tuple[int, int]]) -> tuple[Code, tuple[Code, ...]]:

@@ -1,0 +1,146 @@
+"""Which tile is the fastest, per device: `python -m benchmarks.tune --out FILE` on a GPU machine.
+
+Times every candidate for a weight [N, K], a dtype, a group size and the largest M of each bucket, in a CUDA graph over
+rotating weights (timing.py), each result compared with float32 first. The table, rewritten after every problem:
+
+    {"device", "capability", "driver_version", "torch", "triton", "commit", "date", ...,
+     "rows": [{"dtype": "fp16", "group_size": null, "n": 4096, "k": 4096, "m": 8,       m: the bucket's largest
+               "tile": {"BLOCK_N": 64, "BLOCK_M": 8, "num_warps": 2, "num_stages": 3, "SPLIT_K": 4, "JOIN": 1},
+                                                     the fields of kernels.config.Config; null: the vendor's matmul
+               "us": 4.2, "heuristic_us": 4.4, "tried": 6, "failed": 0}]}
+
+heuristic_us is the time of the tile that config_for gives; a table is worth shipping where `us` is well below it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import environment, timing
+from benchmarks.bench import TOLERANCE, Ring
+from benchmarks.cases import DTYPES, NARROW, WIDE
+from benchmarks.providers import SixBit, Spec
+from benchmarks.results import Row
+from benchmarks.shapes import SHAPES, Shape, get_shape
+from fp6_compile.formats import get_format
+from fp6_compile.kernels.config import Config
+from fp6_compile.kernels.device import choices
+
+BUCKETS = [8, 16, 32, 64, 128, 256]
+
+
+Tile = Config | None  # None: the vendor's matmul on a dequantized copy
+
+
+def candidates(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, device: torch.device) -> list[Tile]:
+    """Tiles worth timing, the heuristic's first; then what it gives for other sizes of weight, up to M and one bucket on.
+
+    Of those only with K whole: how finely K can be split depends on the problem.
+    """
+    how = (k, group_size, dtype, get_format("e3m2"))
+    others = [
+        choices(device, bucket, size, *how) for bucket in (m, *BUCKETS) for size in (WIDE, NARROW) if bucket <= 2 * m
+    ]
+    whole = [tile if tile is None else replace(tile, SPLIT_K=1) for tiles in others for tile in tiles]
+    return list(dict.fromkeys([*choices(device, m, n, *how), *whole]))
+
+
+def fastest(tiles: Sequence[Tile], seconds: Callable[[Tile], float]) -> Row:
+    """The row's columns for the best of `tiles`, the first of which is the heuristic's. A tile that raises is passed over.
+
+    Raises RuntimeError, from the last failure, when all of them do.
+    """
+    times: dict[Tile, float] = {}
+    failure: Exception | None = None
+    for tile in tiles:
+        try:
+            times[tile] = seconds(tile)
+        except Exception as error:  # too much shared memory, a wrong result: not this tile
+            failure = error
+    if not times:
+        raise RuntimeError(f"none of {len(tiles)} tiles ran") from failure
+    best = min(times, key=lambda tile: times[tile])
+    heuristic = times.get(tiles[0])
+    return {
+        **{"tile": best and asdict(best), "us": round(times[best] * 1e6, 3)},
+        "heuristic_us": None if heuristic is None else round(heuristic * 1e6, 3),
+        **{"tried": len(tiles), "failed": len(tiles) - len(times)},
+    }
+
+
+def with_tile(tile: Tile) -> Any:
+    """The launcher takes `tile` for everything: the one place that knows where it asks."""
+    from fp6_compile.kernels import launch
+
+    return mock.patch.object(launch, "choices", return_value=(tile,))
+
+
+def timed(device: timing.Device, ring: Ring, m: int, k: int, dtype: torch.dtype) -> Callable[[Tile], float]:
+    """Seconds per call with a given tile. Raises ValueError for a wrong result."""
+    x = torch.randn(m, k, dtype=dtype, device=device.device)
+    calls = [lambda module=module: module(x) for module in ring.modules]
+
+    def seconds(tile: Tile) -> float:
+        with with_tile(tile):
+            module = ring.modules[0]
+            assert isinstance(module, SixBit)
+            if not (error := module.error(x, module(x))) <= TOLERANCE:
+                raise ValueError(f"wrong: relative error {error}")
+            return timing.quantiles(timing.graph(device, calls, [ring.nbytes] * len(calls)))[1]
+
+    return seconds
+
+
+def tune(
+    device: timing.Device,
+    shapes: Iterable[Shape],
+    dtypes: Sequence[str],
+    group_size: int | None,
+    buckets: Sequence[int],
+) -> Iterable[Row]:
+    """A row per shape, dtype and bucket, as they are found."""
+    for shape in shapes:
+        for name in dtypes:
+            dtype = DTYPES[name]
+            weight = torch.randn(shape.n, shape.k, dtype=dtype, device=device.device) / shape.k**0.5
+            ring = Ring.of("fp6", weight, Spec(dtype, "e3m2", group_size), device.l2_bytes)
+            for m in buckets:
+                tiles = candidates(m, shape.n, shape.k, group_size, dtype, device.device)
+                key = {"dtype": name, "group_size": group_size, "n": shape.n, "k": shape.k, "m": m}
+                yield key | fastest(tiles, timed(device, ring, m, shape.k, dtype))
+
+
+def main() -> int:
+    """Exit code 2 without a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shapes", nargs="+", type=get_shape, default=SHAPES)
+    parser.add_argument("--m", nargs="+", type=int, default=BUCKETS, help="the largest M of each bucket")
+    parser.add_argument("--dtype", nargs="+", default=["fp16", "bf16"], choices=["fp16", "bf16"])
+    parser.add_argument("--group-size", type=int)
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("benchmarks.tune: no CUDA device; tiles are timed, not predicted")
+        return 2
+    about, rows = {**environment.gpu(), **environment.versions()}, list[Row]()
+    for row in tune(timing.Gpu(), arguments.shapes, arguments.dtype, arguments.group_size, arguments.m):
+        rows.append(row)
+        print(row, flush=True)
+        beside = arguments.out.with_suffix(".part")
+        beside.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        os.replace(beside, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
