@@ -1,4 +1,4 @@
-"""Which tile is the fastest, per device: `python -m benchmarks.tune --out FILE` on a GPU machine.
+"""Which tile is the fastest, per device: `python -m benchmarks.tune [--out FILE]` on a GPU machine.
 
 Times every candidate for a weight [N, K], a dtype, a group size and the largest M of each bucket, in a CUDA graph over
 rotating weights (timing.py), each result compared with float32 first. The table, rewritten after every problem:
@@ -9,6 +9,7 @@ rotating weights (timing.py), each result compared with float32 first. The table
                                                      the fields of kernels.config.Config; null: the vendor's matmul
                "us": 4.2, "heuristic_us": 4.4, "tried": 6, "failed": 0}]}
 
+A table named after the device in fp6_compile/kernels/tuned/ is what the package takes its tiles from (kernels/tuned.py).
 heuristic_us is the time of the tile that config_for gives; a table is worth shipping where `us` is well below it.
 """
 
@@ -35,6 +36,7 @@ from benchmarks.shapes import SHAPES, Shape, get_shape
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.config import Config
 from fp6_compile.kernels.device import choices
+from fp6_compile.kernels.tuned import file_of
 
 BUCKETS = [8, 16, 32, 64, 128, 256]
 
@@ -123,7 +125,7 @@ def tune(
 def main() -> int:
     """Exit code 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="the package's own table of this device, unless given")
     parser.add_argument("--shapes", nargs="+", type=get_shape, default=SHAPES)
     parser.add_argument("--m", nargs="+", type=int, default=BUCKETS, help="the largest M of each bucket")
     parser.add_argument("--dtype", nargs="+", default=["fp16", "bf16"], choices=["fp16", "bf16"])
@@ -132,13 +134,15 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("benchmarks.tune: no CUDA device; tiles are timed, not predicted")
         return 2
+    out = arguments.out or file_of(torch.cuda.get_device_name())
+    out.parent.mkdir(exist_ok=True)
     about, rows = {**environment.gpu(), **environment.versions()}, list[Row]()
     for row in tune(timing.Gpu(), arguments.shapes, arguments.dtype, arguments.group_size, arguments.m):
         rows.append(row)
         print(row, flush=True)
-        beside = arguments.out.with_suffix(".part")
+        beside = out.with_suffix(".part")
         beside.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-        os.replace(beside, arguments.out)
+        os.replace(beside, out)
     return 0
 
 

@@ -40,7 +40,7 @@ def test_the_fastest_tile_is_found_and_set_against_the_heuristic():
 def test_candidates_start_with_the_heuristic_and_are_few(m):
     tiles = tune.candidates(m, 4096, 4096, None, torch.float16, torch.device("cpu"))
     assert tiles[0] == config_for(m, 4096, 4096)
-    assert 2 <= len(set(tiles)) == len(tiles) <= 16
+    assert 2 <= len(set(tiles)) == len(tiles) <= 20
 
 
 def test_the_launcher_takes_the_tile_it_is_given():

@@ -121,7 +121,7 @@ DEVICES += [Device("sm_90", 132, wgmma=True), Device("gfx942", 304), Device()]
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: f"{device.arch}{'-wgmma' * device.wgmma}")
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_candidates(n, k, device):
-    """Few enough to time; no part of K empty; locks enough; parts that cost a fraction of what they save."""
+    """Few enough to time; no part of K empty; locks enough; parts that take no more bytes than the weight."""
     blocks = -(-k // 256)
     for m in (1, 8, 17, 64, 65, 128, 512, 4096):
         for group, dtype in ((None, F16), (64, BF16), (None, F32)):
@@ -132,17 +132,17 @@ def test_candidates(n, k, device):
                 share = -(-blocks // tile.SPLIT_K)
                 assert (tile.SPLIT_K - 1) * share < blocks
                 assert tile.SPLIT_K == 1 or -(-n // tile.BLOCK_N) * -(-m // tile.BLOCK_M) <= config.LOCKS
-                assert tile.SPLIT_K == 1 or tile.SPLIT_K * m * 8 <= 0.75 * k * (0.25 if m <= 64 else 1)
+                assert tile.SPLIT_K == 1 or tile.SPLIT_K * m * 8 <= 0.75 * k
                 assert (tile.JOIN > 1) <= (device.wgmma and m > 64)
 
 
 @pytest.mark.parametrize(("n", "k"), [(1024, 4096), (4096, 4096), (4096, 14336), (14336, 4096)])
 @pytest.mark.parametrize("m", [1, 8, 16])
 def test_small_weights_fill_the_device(n, k, m):
-    """At least two warps for every multiprocessor of an H200, and not a second wave."""
+    """At least as many programs as an H200 has multiprocessors, nearly, and not a second wave."""
     tile = config_for(m, n, k, None, F16, Device("sm_90", 132))
-    warps = -(-n // tile.BLOCK_N) * tile.SPLIT_K * tile.num_warps
-    assert 2 * 132 <= warps <= 8 * 132
+    programs = -(-n // tile.BLOCK_N) * tile.SPLIT_K
+    assert 0.9 * 132 <= programs <= 4 * 132
 
 
 def test_vendor_s_matmul_is_timed_against_the_kernel():

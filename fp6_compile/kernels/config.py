@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
 from fp6_compile.formats import Format
 from fp6_compile.packing import BLOCK_K, SLAB
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -16,12 +19,13 @@ class Device:
     """What the choice of a tile depends on besides the problem.
 
     arch: "sm_90" and the like, "gfx942", or "" where it is not known. multiprocessors: how many, or compute units.
-    wgmma: whether Hopper's asynchronous matrix instruction may be used (selftest.py).
+    wgmma: whether Hopper's asynchronous matrix instruction may be used (selftest.py). name: the key of its measured tiles.
     """
 
     arch: str = ""
     multiprocessors: int = 132
     wgmma: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,16 @@ _WITHOUT_WARP_GROUPS = ("sm_80", "sm_86", "sm_89", "sm_120")
 _VENDOR_FROM = {True: 1024, False: 256}  # by wgmma
 _VENDOR_FROM_GROUPS = {True: 512, False: 128}
 
-# Warps a multiprocessor, all in flight at once, that hide the latency of memory and of unpacking. Half of them are enough
-# for a wide tile, which unpacks less often than a narrow one.
+# Warps a multiprocessor, all in flight at once, that hide the latency of memory and of unpacking.
 _WARPS = 8
+# And with how many a wide tile is better than twice as many narrow ones, by largest M. Every program reads x anew: with
+# more than a few rows that traffic counts for more than an idle scheduler (benchmarks/simulate.py).
+_WIDE_WARPS = {8: 4, LARGEST_MMA_M: 1}
 _MOST_PARTS = 16
 # Counters that a launch of split tiles finds and leaves at zero, one a tile: only what does not fill the device is split.
 LOCKS = 4096
-# Parts are written and read once, 8 bytes an output, in the second-level cache: at most a quarter of the weight's 0.75 bytes
-# where those bytes are what takes the time, as many where it is arithmetic.
-_PARTS_PER_INPUT = {True: 0.25 * 0.75 / 8, False: 0.75 / 8}  # by m <= LARGEST_MMA_M
+# Parts are written and read once, 8 bytes an output, in the second-level cache: at most as many bytes as the weight has.
+_PARTS_PER_INPUT = 0.75 / 8
 
 
 def config_for(
@@ -95,7 +100,8 @@ def candidates(
 ) -> tuple[Config | None, ...]:
     """At most six choices worth timing, as `config_for`'s, which is the first."""
     wide, narrow = (_split(tile, m, n, k, device) for tile in _tiles(m, group_size, dtype, device))
-    first, second = (wide, narrow) if _warps(wide, m, n) >= _WARPS // 2 * device.multiprocessors else (narrow, wide)
+    enough = _at(_WIDE_WARPS, m) * device.multiprocessors
+    first, second = (wide, narrow) if _warps(wide, m, n) >= enough else (narrow, wide)
     tiles: list[Config | None] = [first]
     if second != first:
         tiles.append(second)
@@ -124,8 +130,8 @@ def _tiles(m: int, group_size: int | None, dtype: torch.dtype, device: Device) -
     return (narrow if crowded else _at(_WIDE_GROUPS, m)), narrow
 
 
-def _at(tiles: dict[int, Config], m: int) -> Config:
-    return next((tile for largest, tile in tiles.items() if m <= largest), tiles[max(tiles)])
+def _at(by_largest_m: dict[int, T], m: int) -> T:
+    return next((value for largest, value in by_largest_m.items() if m <= largest), by_largest_m[max(by_largest_m)])
 
 
 def _warps(config: Config, m: int, n: int) -> int:
@@ -141,7 +147,7 @@ def _split(tile: Config, m: int, n: int, k: int, device: Device) -> Config:
 def _parts(wanted: int, m: int, k: int) -> int:
     """At most `wanted` parts of K, none empty, each of two blocks or more, so many as their sums' traffic allows."""
     blocks = -(-k // BLOCK_K)
-    parts = max(1, min(wanted, blocks // 2, _MOST_PARTS, int(_PARTS_PER_INPUT[m <= LARGEST_MMA_M] * k / m)))
+    parts = max(1, min(wanted, blocks // 2, _MOST_PARTS, int(_PARTS_PER_INPUT * k / m)))
     return -(-blocks // -(-blocks // parts))
 
 

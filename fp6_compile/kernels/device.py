@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
 from fp6_compile.formats import Format
 from fp6_compile.kernels import selftest
 from fp6_compile.kernels.config import LARGEST_MMA_M, Config, Device, candidates
+from fp6_compile.kernels.tuned import tuned
 
 
 @functools.cache
@@ -18,13 +20,13 @@ def describe(device: torch.device) -> Device:
         return Device()
     about = torch.cuda.get_device_properties(device)
     arch = f"sm_{about.major}{about.minor}" if torch.version.hip is None else about.gcnArchName.split(":")[0]
-    return Device(arch, about.multi_processor_count)
+    return Device(arch, about.multi_processor_count, name=about.name)
 
 
 def choices(
     device: torch.device, m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, fmt: Format
 ) -> tuple[Config | None, ...]:
-    """`config.candidates` for a problem on `device`; the first is the one to take without timing any.
+    """Tiles for a problem on `device`, the measured one and `config.candidates`; the first is to be taken without timing.
 
     Asked on every call of the launcher: each step is a look-up after the first time.
     """
@@ -32,7 +34,9 @@ def choices(
     if about.arch == "sm_90" and m > LARGEST_MMA_M and dtype != torch.float32:
         # A test of wgmma launches kernels, which a stream that is being recorded must not; then there has been a warm-up.
         recording = torch.cuda.is_current_stream_capturing()
-        about = Device(
-            about.arch, about.multiprocessors, not recording and selftest.passes(device, dtype, fmt, group_size)
-        )
-    return candidates(m, n, k, group_size, dtype, about)
+        about = replace(about, wgmma=not recording and selftest.passes(device, dtype, fmt, group_size))
+    others = candidates(m, n, k, group_size, dtype, about)
+    measured = tuned(about.name, m, n, k, group_size, dtype)
+    if not measured or (measured[0] is not None and measured[0].JOIN > 1 and not about.wgmma):
+        return others
+    return measured + tuple(tile for tile in others if tile != measured[0])[:5]
