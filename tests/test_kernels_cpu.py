@@ -11,12 +11,15 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from torch.testing import FileCheck
 
 from fp6_compile import ops
 from fp6_compile.formats import FORMATS, Format
 from fp6_compile.kernels.cpu import build
 from fp6_compile.packing import CPU, pack
 from fp6_compile.quantize import dequantize, quantize
+from tests.support import close, dequantized_
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 ROOT = Path(__file__).parent.parent
@@ -209,6 +212,7 @@ from fp6_compile.formats import FORMATS
 from fp6_compile import ops
 from fp6_compile.packing import CPU, pack
 from fp6_compile.quantize import dequantize, quantize
+from tests.support import close, dequantized_
 
 codes, scale = quantize(torch.randn(40, 300), FORMATS["e3m2"], None)
 x = torch.randn(2, 300)
@@ -249,3 +253,16 @@ def test_sanitizers_on_odd_shapes(tmp_path):
     result = subprocess.run(["./main"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.startswith("clean")
+
+
+@pytest.mark.parametrize("cpp_wrapper", [False, True])
+def test_a_compiled_linear_is_one_call(cpp_wrapper):
+    """In Inductor's Python wrapper one line; in its C++ wrapper a call of the dispatcher, without Python."""
+    model = torch.nn.Linear(256, 128).bfloat16().requires_grad_(False)
+    x = torch.randn(1, 256).bfloat16()
+    compiled = torch.compile(model, backend="fp6", options={"inductor": {"cpp_wrapper": cpp_wrapper}})
+    with torch.inference_mode():
+        out, (code, *_) = run_and_get_code(compiled, x)
+    call = 'findSchemaOrThrow("fp6::mm"' if cpp_wrapper else "= torch.ops.fp6.mm.default("
+    FileCheck().check_count(call, 1, exactly=True).run(code)
+    close(out, dequantized_(model, ["weight"])(x))
