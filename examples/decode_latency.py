@@ -11,10 +11,12 @@ What it leaves out: prefill, sampling other than greedy, trained weights.
 from __future__ import annotations
 
 import argparse
-import datetime
+import statistics
 
 import torch
 
+from benchmarks.bandwidth import read_bandwidth
+from benchmarks.cpu import environment
 from examples.decode.card import compare, last_line, show, summary
 from examples.decode.measure import Settings, Worker
 from examples.decode.model import SIZES
@@ -24,6 +26,8 @@ def main(argv: list[str] | None = None) -> None:
     """Parse, measure, print."""
     arguments = _arguments(argv)
     packing = {"format": arguments.format, "group_size": arguments.group_size}
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
     workers = {}
     for backend in arguments.backends:
         print(f"building and compiling with {backend} ...", flush=True)
@@ -34,15 +38,21 @@ def main(argv: list[str] | None = None) -> None:
             )
         )
     seconds: dict[str, list[float]] = {backend: [] for backend in workers}
-    for _ in range(arguments.rounds):
+    bandwidth = None
+    for number in range(1, arguments.rounds + 1):
+        if arguments.device == "cpu":  # between the rounds, because it changes with what else is running
+            bandwidth = max(bandwidth or 0.0, read_bandwidth())
         for backend, worker in workers.items():
-            seconds[backend] += worker.round()[0]
+            taken, _ = worker.round()
+            seconds[backend] += taken
+            print(f"round {number}, {backend}: {1e3 * statistics.median(taken):.2f} ms per token", flush=True)
     for worker in workers.values():
         worker.close()
-    results = {b: summary(worker.known, seconds[b], arguments.batch) for b, worker in workers.items()}
+    results = {b: summary(worker.known, seconds[b], arguments.batch, bandwidth) for b, worker in workers.items()}
     parameters = next(iter(results.values()))["parameters"]
     show(f"{arguments.size}: {parameters / 1e6:.0f} M parameters, batch {arguments.batch}, {arguments.device}", results)
-    about = {**vars(arguments), "date": datetime.date.today().isoformat()}
+    where = environment() if arguments.device == "cpu" else {"gpu": torch.cuda.get_device_name()}
+    about = {**vars(arguments), **where, "read_gb_s": bandwidth and round(bandwidth, 1)}
     last_line({**about, **compare(results), "results": results})
 
 

@@ -47,8 +47,7 @@ def test_the_step_counts_positions_and_fills_the_cache():
 
 
 def test_summary_of_times():
-    known = {"read_bytes": 4e9, "read_gb_s": 20.0}
-    result = summary(known, [0.4, 0.5, 0.6], batch=2)
+    result = summary({"read_bytes": 4e9}, [0.4, 0.5, 0.6], batch=2, bandwidth=20.0)
     assert (result["ms_p50"], result["tokens_per_s"], result["gb_s"], result["share_of_read"]) == (500, 4, 8, 0.4)
 
 

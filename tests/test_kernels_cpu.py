@@ -107,7 +107,7 @@ def test_folded_scales_are_those_of_dequantize(n, k, group_size, m):
 
 
 # More rows than are decoded at once.
-@pytest.mark.parametrize(("n", "k", "group_size"), [(2100, 300, None), (1250, 513, 7), (700, 1000, 64)])
+@pytest.mark.parametrize(("n", "k", "group_size"), [(7000, 300, None), (4200, 513, 7), (2200, 1000, 64)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_blocks_against_float64(path, dtype, n, k, group_size):
     weight, exact = _weight(n, k, group_size, "e2m3")

@@ -7,11 +7,14 @@ import statistics
 from typing import Any
 
 
-def summary(known: dict[str, Any], seconds: list[float], batch: int) -> dict[str, Any]:
-    """`known` and the figures that follow from the steps' times. GB/s counts the weights that a token reads."""
+def summary(known: dict[str, Any], seconds: list[float], batch: int, bandwidth: float | None) -> dict[str, Any]:
+    """`known` and the figures that follow from the steps' times. GB/s counts the weights that a token reads.
+
+    `bandwidth`: GB/s that the machine was seen to read at, if known.
+    """
     p50, p90 = statistics.median(seconds), statistics.quantiles(seconds, n=10)[-1]
     rate = known["read_bytes"] / p50 / 1e9
-    share = known["read_gb_s"] and round(rate / known["read_gb_s"], 2)
+    share = bandwidth and round(rate / bandwidth, 2)
     return {
         **known,
         "ms_p50": round(p50 * 1e3, 3),

@@ -6,8 +6,10 @@ noisy machine.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import multiprocessing
+import sys
 import time
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.bandwidth import read_bandwidth
 from examples.code_lm.model import KVCache
 from examples.decode.loop import decode, make_step
 from examples.decode.model import SIZES, build, weight_bytes
@@ -63,7 +64,6 @@ def serve(settings: Settings, pipe: Connection) -> None:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     device = settings.device
-    bandwidth = read_bandwidth() if device == "cpu" else None
     started = time.perf_counter()
     config, packed = SIZES[settings.size], settings.backend == "fp6"
     model = build(config, packed=packed, dtype=torch.bfloat16, device=device, **settings.packing)
@@ -72,7 +72,7 @@ def serve(settings: Settings, pipe: Connection) -> None:
     step = torch.compile(make_step(model, cache), backend=settings.backend, fullgraph=True)
     decode(step, settings.batch, 3, device)
     compiled = time.perf_counter()
-    gc.collect()
+    _trim()
     total, read = weight_bytes(model)
     pipe.send(
         {
@@ -82,13 +82,20 @@ def serve(settings: Settings, pipe: Connection) -> None:
             "resident_bytes": _resident(device),
             "build_s": round(built - started, 1),
             "compile_s": round(compiled - built, 1),
-            "read_gb_s": bandwidth and round(bandwidth, 1),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
     )
     while pipe.recv():
         pipe.send(decode(step, settings.batch, settings.tokens, device))
+
+
+def _trim() -> None:
+    """Give back what was freed while packing and compiling; glibc's allocator keeps it otherwise."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _shapes(settings: Settings) -> torch.nn.Module:

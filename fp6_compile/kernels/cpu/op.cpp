@@ -23,7 +23,7 @@ using std::string;
 constexpr int kAmx = 4, kBf16Path = 3;  // as numbered in fp6.cpp
 constexpr int kAmxFrom = 2, kAmxFromInGroups = 4;  // rows from which AMX beats vdpbf16ps
 constexpr int64_t kVendorFrom = 33;  // without AMX, from so many on the vendor's matmul makes up for decoding for it
-constexpr int64_t kVendorBlock = 1 << 19;  // weights decoded at a time for it: 1 MiB in 16 bits
+constexpr int64_t kVendorBlock = 1 << 21;  // weights decoded at a time for it: 4 MiB in 16 bits
 
 // The values of every format's codes, told by Python when it loads the library.
 std::map<string, Tensor, std::less<>>& formats() {
