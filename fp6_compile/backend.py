@@ -54,7 +54,12 @@ def fp6(
 
     def run(*args: Any) -> Any:
         planes = [tensor for weight in taken for tensor in weight.tensors(args)]
-        return compiled(*[args[position] for position in kept], *planes)
+        inputs = [*(args[position] for position in kept), *planes]
+        if torch.is_grad_enabled():
+            return compiled(*inputs)
+        # fp6::mm's gradient is a Python kernel, and asking it whether it is needed takes longer than launching the matmul.
+        with torch._C._AutoDispatchBelowAutograd():
+            return compiled(*inputs)
 
     return run
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
@@ -228,6 +229,8 @@ def _name(user: Node) -> str:
         return target
     if target is getattr:
         return str(user.args[1])
+    if isinstance(target, (OpOverload, OpOverloadPacket)) and not str(target).startswith(("aten.", "prims.")):
+        return str(target)  # fp6.mm multiplies, but not by a weight that is still to be packed
     name = getattr(target, "__name__", str(target))
     module = getattr(target, "__module__", None) or "torch"
     return name if module.split(".")[0] in ("torch", "_operator", "builtins") else f"{module}.{name}"

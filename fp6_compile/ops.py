@@ -9,8 +9,9 @@ format's name, and `group_size` (None: one group, the row).
 The graph starts with dequantize and an ordinary matmul; the pass makes them fp6::mm. So dequantize *is* the meaning of a
 packed weight, and mm may differ from it by the rounding of a float32 accumulation and nothing else.
 
-Eager mm dequantizes some rows at a time, so that a 16-bit copy of the whole weight never exists; where the layout is the one
-that a kernel reads on the tensors' device, it is the kernel: Triton on a GPU, C++ on a CPU.
+Eager mm dequantizes some rows at a time (fp6::mm_by_rows), so that a 16-bit copy of the whole weight never exists; where the
+layout is the one that a kernel reads on the tensors' device, it is the kernel: Triton on a GPU, and on a CPU C++, which
+registers itself when the first call loads it (kernels/cpu).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import SymInt, Tensor
 
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.config import supports
-from fp6_compile.kernels.cpu import mm as cpu
+from fp6_compile.kernels.cpu.build import load
 from fp6_compile.packing import CPU, inputs_held, layout_for, rows_per_index, unpack
 from fp6_compile.quantize import dequantize as _dequantize
 
@@ -34,9 +35,11 @@ _lib.define(
     " -> Tensor",
     tags=_TAGS,
 )
-_lib.define(
-    "mm(Tensor x, Tensor w4, Tensor w2, Tensor scale, str format, str layout, int? group_size) -> Tensor", tags=_TAGS
-)
+for _name in ("mm", "mm_by_rows"):
+    _lib.define(
+        f"{_name}(Tensor x, Tensor w4, Tensor w2, Tensor scale, str format, str layout, int? group_size) -> Tensor",
+        tags=_TAGS,
+    )
 
 # Dequantized at a time: 1 MiB of float16, which stays in a core's second-level cache.
 _BLOCK = 1 << 19
@@ -93,15 +96,13 @@ def mm_by_vendor(
     return launch.vendor_mm(x, w4, w2, scale, get_format(format), group_size)
 
 
-def mm_on_cpu(
+def mm_at_first(
     x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
-    """`x @ W.T` by the C++ kernel; by rows for other layouts and dtypes, and where no compiler could build it."""
-    if layout != CPU or not cpu.has_kernel(x.dtype):
-        return mm_by_rows(x, w4, w2, scale, format, layout, group_size)
-    _check(x.shape[-1], w4, scale, layout, group_size)
-    out = cpu.mm(x.reshape(-1, x.shape[-1]), w4, w2, scale, get_format(format), group_size)
-    return out.view(*x.shape[:-1], scale.shape[1])
+    """`x @ W.T` where no kernel is registered: on a CPU the C++ one is now; by rows elsewhere, and without a compiler."""
+    if x.device.type == "cpu" and layout == CPU and load():
+        return torch.ops.fp6.mm(x, w4, w2, scale, format, layout, group_size)
+    return mm_by_rows(x, w4, w2, scale, format, layout, group_size)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, layout: str, group_size: int | None) -> bool:
@@ -130,8 +131,8 @@ def _row_blocks(n: int, k: int, granularity: int) -> Iterator[tuple[slice, slice
 
 
 _lib.impl("dequantize", dequantize, "CompositeExplicitAutograd")
-_lib.impl("mm", mm_by_rows, "CompositeExplicitAutograd")
-_lib.impl("mm", mm_on_cpu, "CPU")
+_lib.impl("mm_by_rows", mm_by_rows, "CompositeExplicitAutograd")
+_lib.impl("mm", mm_at_first, "CompositeExplicitAutograd")
 _lib.impl("mm", mm_on_gpu, "CUDA")
 
 

@@ -36,6 +36,39 @@ def test_end_to_end_through_inductor():
     close(actual, dequantized_(model, ["weight"])(x))
 
 
+def test_without_grad_mode_the_graph_runs_below_autograd(monkeypatch):
+    """There fp6::mm is a C++ call. What the graph writes in place still counts versions, and views know their base."""
+    from fp6_compile import backend
+
+    compile_fx, below = backend.compile_fx, []
+
+    def spied(*args, **kwargs):
+        compiled = compile_fx(*args, **kwargs)
+
+        def run(*inputs):
+            key = torch._C.DispatchKey.AutogradFunctionality
+            below.append(torch._C._dispatch_tls_is_dispatch_key_excluded(key))
+            return compiled(*inputs)
+
+        return run
+
+    monkeypatch.setattr(backend, "compile_fx", spied)
+    model, x = _model()
+    total = torch.zeros(3, N).half()
+
+    def forward(x):
+        total.add_(model(x))
+        return total[0]
+
+    step = torch.compile(forward, backend="fp6", fullgraph=True)
+    with torch.no_grad():
+        row = step(x)
+    step(x)
+    assert below == [True, False]
+    assert total._version == 2
+    assert row._base is total
+
+
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 def test_modes(mode, captured):
     model, x = _model()

@@ -1,34 +1,54 @@
 """The C++ kernel: every path this machine has, exact on all codes, against float64, threads, builds, sanitizers."""
 
-import logging
 import math
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+from torch.testing import FileCheck
 
 from fp6_compile import ops
-from fp6_compile.formats import FORMATS
+from fp6_compile.formats import FORMATS, Format
 from fp6_compile.kernels.cpu import build
-from fp6_compile.kernels.cpu import mm as cpu
 from fp6_compile.packing import CPU, pack
 from fp6_compile.quantize import dequantize, quantize
+from tests.support import close, dequantized_
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 ROOT = Path(__file__).parent.parent
+SUPPORTED = torch.ops.fp6.cpu_paths() if ops.load() else []
 
-pytestmark = pytest.mark.skipif(not cpu.supported_paths(), reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not SUPPORTED, reason="no C++ compiler")
 
 
-@pytest.fixture(params=cpu.PATHS)
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16", "amx"])
 def path(request):
-    if request.param not in cpu.supported_paths():
+    if request.param not in SUPPORTED:
         pytest.skip(f"this machine does not run {request.param}")
     return request.param
+
+
+class Weight(NamedTuple):
+    """A packed weight."""
+
+    w4: Tensor
+    w2: Tensor
+    scale: Tensor
+    fmt: Format
+    group_size: int | None
+
+    def mm(self, x):
+        return torch.ops.fp6.mm(x, *self[:3], self.fmt.name, CPU, self.group_size)
+
+    def by(self, path, x, blocks=False):
+        return torch.ops.fp6.cpu_mm(x, *self[:3], self.fmt.name, self.group_size, path, blocks)
 
 
 def _weight(n, k, group_size=None, fmt="e3m2"):
@@ -36,10 +56,10 @@ def _weight(n, k, group_size=None, fmt="e3m2"):
     f = FORMATS[fmt]
     codes, scale = quantize(torch.randn(n, k) / 16, f, group_size)
     exact = dequantize(codes, scale, f, group_size, torch.float64)
-    return cpu.Weight(*pack(codes, f, CPU), scale, f, group_size), exact
+    return Weight(*pack(codes, f, CPU), scale, f, group_size), exact
 
 
-def _check(out, x, exact, rounded_weights):
+def _check(out, x, exact, rounded_weights=False):
     """Error: float32 sums over K, the result's rounding, and the weights' rounding where they were decoded to x's dtype."""
     expected, magnitude = x.double() @ exact.T, x.double().abs() @ exact.T.abs()
     eps = torch.finfo(x.dtype).eps
@@ -53,12 +73,12 @@ def _check(out, x, exact, rounded_weights):
 def test_all_codes_through_one_hot_activations(path, fmt, dtype):
     """Row n of the weight is code n in every place; one-hot rows of x read the values out, with nothing rounded."""
     codes = torch.arange(64, dtype=torch.uint8)[:, None].expand(64, 128).contiguous()
-    weight = cpu.Weight(*pack(codes, FORMATS[fmt], CPU), torch.ones(1, 64), FORMATS[fmt], None)
+    weight = Weight(*pack(codes, FORMATS[fmt], CPU), torch.ones(1, 64), FORMATS[fmt], None)
     values = FORMATS[fmt].decode(codes[:, 0])
     x = torch.eye(128, dtype=dtype)
     expected = values.to(dtype).expand(128, 64)
-    torch.testing.assert_close(cpu.by_kernel(path, x, weight), expected, rtol=0, atol=0)
-    torch.testing.assert_close(cpu.by_blocks(path, x, weight), expected, rtol=0, atol=0)
+    torch.testing.assert_close(weight.by(path, x), expected, rtol=0, atol=0)
+    torch.testing.assert_close(weight.by(path, x, blocks=True), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("m", [1, 2, 7, 17, 64, 131])
@@ -69,24 +89,39 @@ def test_all_codes_through_one_hot_activations(path, fmt, dtype):
 def test_kernel_against_float64(path, dtype, n, k, group_size, m):
     weight, exact = _weight(n, k, group_size)
     x = torch.randn(m, k).to(dtype)
-    _check(cpu.by_kernel(path, x, weight), x, exact, rounded_weights=False)
+    folded = path == "amx" and dtype == torch.bfloat16 and group_size == 64
+    _check(weight.by(path, x), x, exact, rounded_weights=folded)
 
 
-@pytest.mark.parametrize(("n", "k", "group_size"), [(41, 300, None), (37, 513, 7), (130, 1000, 64)])
+@pytest.mark.parametrize(("n", "k", "group_size"), [(37, 640, 64), (130, 1000, 128), (6, 769, 192)])
+@pytest.mark.parametrize("m", [4, 17, 131, 200])
+def test_folded_scales_are_those_of_dequantize(n, k, group_size, m):
+    """AMX scales BF16 weights in groups before it multiplies: the rounding is the one that fp6::dequantize defines."""
+    if "amx" not in SUPPORTED:
+        pytest.skip("this machine does not run amx")
+    weight, _ = _weight(n, k, group_size)
+    w4, w2, scale, *_ = weight
+    meant = torch.ops.fp6.dequantize(w4, w2, scale, "e3m2", CPU, group_size, k, torch.bfloat16).double()
+    x = torch.randn(m, k).bfloat16()
+    _check(weight.by("amx", x), x, meant)
+
+
+# More rows than are decoded at once.
+@pytest.mark.parametrize(("n", "k", "group_size"), [(7000, 300, None), (4200, 513, 7), (2200, 1000, 64)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_blocks_against_float64(path, dtype, n, k, group_size, monkeypatch):
-    monkeypatch.setattr(cpu, "_BLOCK", 16 * k)
+def test_blocks_against_float64(path, dtype, n, k, group_size):
     weight, exact = _weight(n, k, group_size, "e2m3")
     x = torch.randn(9, k).to(dtype)
-    _check(cpu.by_blocks(path, x, weight), x, exact, rounded_weights=True)
+    _check(weight.by(path, x, blocks=True), x, exact, rounded_weights=True)
 
 
-def test_the_operator_uses_the_kernel(monkeypatch):
+def test_the_operator_uses_the_kernel():
     weight, exact = _weight(48, 320, 32)
-    monkeypatch.setattr(ops, "mm_by_rows", None)
     x = torch.randn(2, 3, 640)[..., ::2]
     out = torch.ops.fp6.mm(x, weight.w4, weight.w2, weight.scale, "e3m2", CPU, 32)
     torch.testing.assert_close(out, x @ exact.float().T)
+    assert torch.equal(out, weight.by(SUPPORTED[-1], x))
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("fp6::mm", "CPU")
 
 
 @pytest.mark.parametrize("group_size", [None, 7, 64])
@@ -102,11 +137,11 @@ def test_infinities_and_nan_reach_the_result(path):
     """An FP32 activation is multiplied in three parts; those of an infinity must not make it NaN."""
     codes = torch.ones(4, 64, dtype=torch.uint8)
     fmt = FORMATS["e3m2"]
-    weight = cpu.Weight(*pack(codes, fmt, CPU), torch.ones(1, 4), fmt, None)
+    weight = Weight(*pack(codes, fmt, CPU), torch.ones(1, 4), fmt, None)
     for dtype in DTYPES:
         x = torch.zeros(3, 64, dtype=dtype)
         x[0, 3], x[1, 3], x[2, 3] = math.inf, -math.inf, math.nan
-        out = cpu.by_kernel(path, x, weight)
+        out = weight.by(path, x)
         assert out[0].eq(math.inf).all()
         assert out[1].eq(-math.inf).all()
         assert out[2].isnan().all()
@@ -122,7 +157,7 @@ def test_threads_do_not_change_a_bit(path, dtype, m):
         results = []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(cpu.by_kernel(path, x, weight))
+            results.append(weight.by(path, x))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -133,10 +168,10 @@ def test_vendor_matmuls_between_ours():
     """oneDNN keeps a tile configuration in the same threads."""
     weight, exact = _weight(64, 256)
     x, w = torch.randn(33, 256).bfloat16(), exact.bfloat16()
-    theirs, ours = x @ w.T, cpu.mm(x, weight.w4, weight.w2, weight.scale, weight.fmt, None)
+    theirs, ours = x @ w.T, weight.mm(x)
     for _ in range(3):
         assert torch.equal(x @ w.T, theirs)
-        assert torch.equal(cpu.mm(x, weight.w4, weight.w2, weight.scale, weight.fmt, None), ours)
+        assert torch.equal(weight.mm(x), ours)
 
 
 def test_planes_of_another_size_are_refused():
@@ -148,7 +183,7 @@ def test_planes_of_another_size_are_refused():
         torch.ops.fp6.mm(x, weight.w4, weight.w2, weight.scale.half(), "e3m2", CPU, None)
 
 
-_BUILD = "from fp6_compile.kernels.cpu import mm; print(*mm.supported_paths())"
+_BUILD = "import torch; from fp6_compile import ops; ops.load(); print(*torch.ops.fp6.cpu_paths())"
 
 
 def test_several_processes_build_at_once(tmp_path):
@@ -157,7 +192,7 @@ def test_several_processes_build_at_once(tmp_path):
         subprocess.Popen([sys.executable, "-c", _BUILD], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
     ]
     outputs = {process.communicate()[0].strip() for process in processes}
-    assert outputs == {" ".join(cpu.supported_paths())}
+    assert outputs == {" ".join(SUPPORTED)}
     assert len(list((tmp_path / "fp6_compile").iterdir())) == 1
 
 
@@ -171,25 +206,29 @@ def test_the_library_is_built_once(tmp_path, monkeypatch):
         build._build()
 
 
+_FALLBACK = """
+import torch
+from fp6_compile.formats import FORMATS
+from fp6_compile import ops
+from fp6_compile.packing import CPU, pack
+from fp6_compile.quantize import dequantize, quantize
+from tests.support import close, dequantized_
+
+codes, scale = quantize(torch.randn(40, 300), FORMATS["e3m2"], None)
+x = torch.randn(2, 300)
+for _ in range(2):
+    out = torch.ops.fp6.mm(x, *pack(codes, FORMATS["e3m2"], CPU), scale, "e3m2", CPU, None)
+    torch.testing.assert_close(out, x @ dequantize(codes, scale, FORMATS["e3m2"], None, torch.float32).T)
+assert not torch._C._dispatch_has_kernel_for_dispatch_key("fp6::mm", "CPU")
+"""
+
+
 @pytest.mark.parametrize("compiler", ["/nonexistent/c++", "false"])
-def test_without_a_compiler_plain_torch_and_one_warning(compiler, tmp_path, monkeypatch, caplog):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: compiler)
-    weight, exact = _weight(40, 300)
-    x = torch.randn(2, 300)
-    cached = (build.library, cpu.supported_paths)
-    for function in cached:
-        function.cache_clear()
-    try:
-        with caplog.at_level(logging.WARNING, logger="fp6_compile"):
-            for _ in range(2):
-                out = torch.ops.fp6.mm(x, weight.w4, weight.w2, weight.scale, "e3m2", CPU, None)
-                torch.testing.assert_close(out, x @ exact.float().T)
-    finally:
-        for function in cached:
-            function.cache_clear()
-    (record,) = caplog.records
-    assert "Install a C++20 compiler (Debian: apt install g++; conda: conda install gxx)" in record.message
+def test_without_a_compiler_plain_torch_and_one_warning(compiler, tmp_path):
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), "CXX": compiler}
+    result = subprocess.run([sys.executable, "-c", _FALLBACK], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Install a C++20 compiler (Debian: apt install g++; conda: conda install gxx)") == 1
 
 
 def test_sanitizers_on_odd_shapes(tmp_path):
@@ -204,10 +243,26 @@ def test_sanitizers_on_odd_shapes(tmp_path):
     )
     if probe.returncode:
         pytest.skip("the compiler lacks the sanitizers")
+    del objects["op"]  # torch's side
     for command in objects.values():
         subprocess.run([*command, *sanitize, "-DFP6_SERIAL"], cwd=tmp_path, check=True)
-    main = ["-std=c++20", str(ROOT / "tests" / "sanitize_cpu.cpp"), *(f"{name}.o" for name in objects)]
+    x86 = ["-DFP6_X86"] if "amx" in objects else []
+    include = ["-std=c++20", *x86, f"-I{Path(build.__file__).parent}"]
+    main = [*include, str(ROOT / "tests" / "sanitize_cpu.cpp"), *(f"{name}.o" for name in objects)]
     subprocess.run([compiler, *sanitize, *main, "-o", "main"], cwd=tmp_path, check=True)
     result = subprocess.run(["./main"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.startswith("clean")
+
+
+@pytest.mark.parametrize("cpp_wrapper", [False, True])
+def test_a_compiled_linear_is_one_call(cpp_wrapper):
+    """In Inductor's Python wrapper one line; in its C++ wrapper a call of the dispatcher, without Python."""
+    model = torch.nn.Linear(256, 128).bfloat16().requires_grad_(False)
+    x = torch.randn(1, 256).bfloat16()
+    compiled = torch.compile(model, backend="fp6", options={"inductor": {"cpp_wrapper": cpp_wrapper}})
+    with torch.inference_mode():
+        out, (code, *_) = run_and_get_code(compiled, x)
+    call = 'findSchemaOrThrow("fp6::mm"' if cpp_wrapper else "= torch.ops.fp6.mm.default("
+    FileCheck().check_count(call, 1, exactly=True).run(code)
+    close(out, dequantized_(model, ["weight"])(x))

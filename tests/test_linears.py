@@ -7,6 +7,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fp6_compile
+from examples.decode.model import PackedLinear
 from tests.support import close, dequantized_
 
 N, K = 128, 256
@@ -288,6 +289,14 @@ def test_refused_buffer(captured):
     del model.weight
     model.register_buffer("weight", weight)
     assert _refused(model, torch.randn(2, K).half(), captured) == "not an nn.Parameter"
+
+
+def test_planes_of_fp6_mm_are_no_weights(captured):
+    """A model that is packed already has nothing left to take, and nothing that was refused."""
+    layer = PackedLinear(torch.randn(128, 128).bfloat16(), "e3m2", None)
+    with torch.no_grad():
+        torch.compile(layer, backend="fp6", fullgraph=True)(torch.randn(2, 128).bfloat16())
+    assert fp6_compile.last_report().linears == ()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -3,11 +3,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "avx512_bf16.h"
+#include "amx_decode.h"
 
 namespace {
-
-constexpr int kWeights = kChunk * kHalf;  // values of a half of 32 rows: two operands
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -30,26 +28,6 @@ struct Tiles {
       _tile_release();
   }
 };
-
-// Tiles [begin, end) of the inputs of 8 strips, to out[half][32 rows][32 inputs]. Strips past the last repeat it.
-inline void decode_rows(const Weight& w, const Bf16::Tables& tables, int64_t first, int64_t last, int64_t begin,
-                        int64_t end, uint16_t* out) {
-  for (int64_t s = 0; s < kChunk / kRows; s++) {
-    const int64_t strip = first + s < last ? first + s : last - 1;
-    for (int64_t tile = begin; tile < end; tile++) {
-      const Bf16::Codes codes(w.w4_at(strip, tile), w.w4_at(strip, tile) + kTile, w.w2_at(strip, tile));
-      w.prefetch(strip, tile + kAhead / 2);
-      uint16_t* to = out + (tile - begin) * 2 * kWeights + s * kRows * kHalf;
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; r++) {
-        __m512i half[2];
-        Bf16::decode(tables, codes[r], half);
-        _mm512_store_si512(to + r * kHalf, half[0]);
-        _mm512_store_si512(to + kWeights + r * kHalf, half[1]);
-      }
-    }
-  }
-}
 
 // C0 to C3 += products over halves: 32 rows by 16 (one) or 32 activations.
 template <bool one>
@@ -94,6 +72,7 @@ inline void flush(const float* scale, float* sums, int64_t ld) {
     }
 }
 
+// 32 rows of the weight and all of x.
 struct Operands {
   const Weight& w;
   const uint16_t* x;
@@ -102,23 +81,28 @@ struct Operands {
   int64_t ld;
 
   const uint16_t* x_at(int64_t half, int64_t m0) const { return x + operand_at(m, w.tiles, half, m0 / 16); }
-  void scales(int64_t half, float* out) const {
-    for (int r = 0; r < kChunk; r++) out[r] = w.scale_at(half, first * kRows + r);
+  // Of a group, by row. Rows past n repeat the last; folded scales are in the weights already.
+  void scales(int64_t group, float* out) const {
+    for (int64_t r = 0; r < kChunk; r++) {
+      const int64_t row = first * kRows + r < w.n ? first * kRows + r : w.n - 1;
+      out[r] = w.fold ? 1.f : w.scales(group)[row];
+    }
   }
 };
 
-// All of K with the sums in registers, for activations m0 to m0 + 16 (one) or 32; one group. Decoding runs a tile ahead
-// of multiplying, and overlaps with it: up to 128 activations, decoding anew for each 32 beats keeping sums in memory.
+// Whether every group's sums are scaled by themselves.
+bool by_group(const Weight& w) { return w.group < w.inputs && !w.fold; }
+
+// All of K with the sums in registers, for activations m0 to m0 + 16 (one) or 32. Decoding runs a tile ahead of multiplying,
+// and overlaps with it: up to 128 activations, decoding anew for each 32 beats keeping sums in memory.
 template <bool one>
-void all_inputs(const Operands& o, int64_t m0, uint16_t* buffer) {
-  const Bf16::Tables tables(o.w.values);
+void all_inputs(const Operands& o, const Decoder& decode, int64_t m0, uint16_t* buffer) {
   const int64_t tiles = o.w.tiles;
   float scale[kChunk];
   zero();
-  decode_rows(o.w, tables, o.first, o.last, 0, 1, buffer);
+  decode(o.first, o.last, 0, 1, buffer);
   for (int64_t tile = 0; tile < tiles; tile++) {
-    if (tile + 1 < tiles)
-      decode_rows(o.w, tables, o.first, o.last, tile + 1, tile + 2, buffer + (tile + 1) % 2 * 2 * kWeights);
+    if (tile + 1 < tiles) decode(o.first, o.last, tile + 1, tile + 2, buffer + (tile + 1) % 2 * 2 * kWeights);
     multiply<one>(buffer + tile % 2 * 2 * kWeights, o.x_at(2 * tile, m0), 2);
   }
   o.scales(0, scale);
@@ -172,16 +156,16 @@ inline void prefetch(const Operands& o, int64_t begin) {
 }
 
 // Block `begin` to `end` of K for 32 rows and all activations; sums are added up in memory, group by group.
-void block(const Operands& o, int64_t begin, int64_t end, uint16_t* buffer) {
-  const int64_t per_group = o.w.group / kHalf;
+void block(const Operands& o, const Decoder& decode, int64_t begin, int64_t end, uint16_t* buffer) {
+  const bool groups = by_group(o.w);
   const int64_t used = (o.w.inputs + kHalf - 1) / kHalf, stop = 2 * end < used ? 2 * end : used;
-  const bool groups = o.w.group < o.w.inputs;
+  const int64_t per_group = groups ? o.w.group / kHalf : used;
   float scale[kChunk];
-  decode_rows(o.w, Bf16::Tables(o.w.values), o.first, o.last, begin, end, buffer);
+  decode(o.first, o.last, begin, end, buffer);
   prefetch(o, begin);
   for (int64_t h = 2 * begin, to; h < stop; h = to) {
     to = (h / per_group + 1) * per_group < stop ? (h / per_group + 1) * per_group : stop;
-    if (groups) o.scales(h, scale);
+    if (groups) o.scales(h / per_group, scale);
     const uint16_t* weights = buffer + (h - 2 * begin) * kWeights;
     for (int64_t m0 = 0; m0 < o.m; m0 += 32)
       (o.m - m0 > 16 ? tile_sums<false> : tile_sums<true>)(o, weights, m0, h, to, groups ? scale : nullptr);
@@ -198,28 +182,47 @@ void apply_scales(const Operands& o) {
 void mm_amx(const Weight& w, const void* x, int64_t m, int64_t first, int64_t last, float* sums, int64_t ld) {
   alignas(64) static thread_local uint16_t buffer[kBlock * 2 * kWeights];
   const Tiles tiles;
+  const Decoder decode(w);
   const int64_t strips = kChunk / kRows;
   auto operands = [&](int64_t strip) {
     const int64_t to = strip + strips < last ? strip + strips : last;
     return Operands{w, static_cast<const uint16_t*>(x), m, strip, to, sums + (strip - first) * kRows * ld, ld};
   };
   __builtin_memset(sums, 0, (last - first + strips - 1) / strips * kChunk * ld * sizeof(float));
-  if (w.group >= w.inputs && m <= 128) {
+  if (!by_group(w) && m <= 128) {
     for (int64_t strip = first; strip < last; strip += strips)
       for (int64_t m0 = 0; m0 < m; m0 += 32)
-        (m - m0 > 16 ? all_inputs<false> : all_inputs<true>)(operands(strip), m0, buffer);
+        (m - m0 > 16 ? all_inputs<false> : all_inputs<true>)(operands(strip), decode, m0, buffer);
   } else {  // x's part of a block stays in the second-level cache for all the strips
     for (int64_t begin = 0; begin < w.tiles; begin += kBlock)
       for (int64_t strip = first; strip < last; strip += strips)
-        block(operands(strip), begin, begin + kBlock < w.tiles ? begin + kBlock : w.tiles, buffer);
-    if (w.group >= w.inputs)
+        block(operands(strip), decode, begin, begin + kBlock < w.tiles ? begin + kBlock : w.tiles, buffer);
+    if (!by_group(w) && !w.fold)
       for (int64_t strip = first; strip < last; strip += strips) apply_scales(operands(strip));
   }
 }
 
+// Operands of 16 rows of x, a stretch of inputs at a time; BF16 that need no padding are read where they are.
+void prepare_tiles(const Activations& a, int64_t tiles, int64_t begin, int64_t end, void* out) {
+  constexpr int64_t kStretch = 8 * kTile;
+  uint16_t copy[16 * kStretch];
+  for (int64_t row = begin; row < end; row += 16)
+    for (int64_t k0 = 0; k0 < tiles * kTile; k0 += kStretch) {
+      const int64_t rows = end - row < 16 ? end - row : 16, left = tiles * kTile - k0;
+      const int64_t count = left < kStretch ? left : kStretch;
+      const bool as_it_is = a.bf16 && a.k % 2 == 0 && k0 + count <= a.k;
+      if (!as_it_is)
+        for (int64_t i = 0; i < rows; i++) bf16_values(a, row + i, k0, count, copy + i * kStretch);
+      const uint16_t* from = as_it_is ? static_cast<const uint16_t*>(a.x) + row * a.k + k0 : copy;
+      for (int64_t h = 0; h < count / kHalf; h++)
+        transpose(from + h * kHalf, (as_it_is ? a.k : kStretch) / 2, rows,
+                  static_cast<uint16_t*>(out) + operand_at(a.rows(false), tiles, k0 / kHalf + h, row / 16), 16);
+    }
+}
+
 }  // namespace
 
-const fp6::Path fp6::amx = {"amx", fp6::Order::kTiles, mm_amx, decode_tile};
+const fp6::Path fp6::amx = {"amx", fp6::Order::kTiles, prepare_tiles, mm_amx, write, dequantize_strips<Bf16>};
 
 // Linux hands out the tile registers on request (XFEATURE_XTILEDATA, 18; ARCH_REQ_XCOMP_PERM, 0x1023).
 bool fp6::amx_permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }

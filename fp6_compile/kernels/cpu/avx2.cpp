@@ -79,24 +79,18 @@ struct Shuffles {
     _mm256_store_ps(lane, acc);
     return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
   }
-};
-
-void decode_tile(const Weight& w, int64_t strip, int64_t tile, float* out) {
-  const Shuffles::Tables tables(w.values);
-  const Shuffles::Codes codes(w.w4_at(strip, tile), w.w4_at(strip, tile) + kTile, w.w2_at(strip, tile));
-  for (int r = 0; r < kRows; r++) {
-    Shuffles::Half half[2];
-    Shuffles::decode(tables, codes[r], half);
+  static void floats(const Half (&half)[2], float* out) {
     for (int h = 0; h < 2; h++)
       for (int q = 0; q < 4; q++) {
         const __m256i words = half[h].words[q / 2];
         const __m128i part = q % 2 ? _mm256_extracti128_si256(words, 1) : _mm256_castsi256_si128(words);
         const __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(part), 16);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + r * kTile + h * kHalf + q * 8), wide);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + h * kHalf + q * 8), wide);
       }
   }
-}
+};
 
 }  // namespace
 
-const fp6::Path fp6::avx2 = {"avx2", fp6::Order::kFloat, mm<Shuffles>, decode_tile};
+const fp6::Path fp6::avx2 = {"avx2", fp6::Order::kFloat, prepare_floats,
+                             mm_by_strips<Shuffles>, write, dequantize_strips<Shuffles>};

@@ -51,23 +51,16 @@ struct Words {
   }
   static Acc scaled(Acc total, Acc acc, float s) { return _mm512_fmadd_ps(acc, _mm512_set1_ps(s), total); }
   static float sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-};
-
-void decode_tile(const Weight& w, int64_t strip, int64_t tile, float* out) {
-  const Words::Tables tables(w.values);
-  const Words::Codes codes(w.w4_at(strip, tile), w.w4_at(strip, tile) + kTile, w.w2_at(strip, tile));
-  for (int r = 0; r < kRows; r++) {
-    __m512i half[2];
-    Words::decode(tables, codes[r], half);
+  static void floats(const Half (&half)[2], float* out) {
     for (int h = 0; h < 2; h++)
       for (int q = 0; q < 2; q++) {
         const __m256i words = q ? _mm512_extracti64x4_epi64(half[h], 1) : _mm512_castsi512_si256(half[h]);
-        const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
-        _mm512_storeu_si512(out + r * kTile + h * kHalf + q * 16, wide);
+        _mm512_storeu_si512(out + h * kHalf + q * 16, _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
       }
   }
-}
+};
 
 }  // namespace
 
-const fp6::Path fp6::avx512 = {"avx512", fp6::Order::kFloat, mm<Words>, decode_tile};
+const fp6::Path fp6::avx512 = {"avx512",     fp6::Order::kFloat, prepare_floats, mm_by_strips<Words>,
+                               write,        dequantize_strips<Words>};

@@ -13,6 +13,7 @@ struct Bf16 {
   using Acc = __m512;
   struct Tables {
     __m512i low, high;  // the bytes of the BF16 of every code
+    Tables() = default;
     explicit Tables(const float* values) {
       alignas(64) uint8_t bytes[2][64];
       for (int i = 0; i < 64; i++) {
@@ -50,21 +51,13 @@ struct Bf16 {
   }
   static Acc scaled(Acc total, Acc acc, float s) { return _mm512_fmadd_ps(acc, _mm512_set1_ps(s), total); }
   static float sum(Acc acc) { return _mm512_reduce_add_ps(acc); }
-};
-
-inline void decode_tile(const Weight& w, int64_t strip, int64_t tile, float* out) {
-  const Bf16::Tables tables(w.values);
-  const Bf16::Codes codes(w.w4_at(strip, tile), w.w4_at(strip, tile) + kTile, w.w2_at(strip, tile));
-  for (int r = 0; r < kRows; r++) {
-    __m512i half[2];
-    Bf16::decode(tables, codes[r], half);
+  static void floats(const Half (&half)[2], float* out) {
     for (int h = 0; h < 2; h++)
       for (int q = 0; q < 2; q++) {
         const __m256i words = q ? _mm512_extracti64x4_epi64(half[h], 1) : _mm512_castsi512_si256(half[h]);
-        const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
-        _mm512_storeu_si512(out + r * kTile + h * kHalf + q * 16, wide);
+        _mm512_storeu_si512(out + h * kHalf + q * 16, _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
       }
   }
-}
+};
 
 }  // namespace

@@ -7,7 +7,6 @@ finds all of it or nothing, and processes that build at the same time only waste
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import hashlib
 import logging
@@ -21,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+
+from fp6_compile.formats import FORMATS
 
 _SOURCES = Path(__file__).parent
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mfma"]
@@ -38,10 +39,10 @@ _log = logging.getLogger("fp6_compile")
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The library, built if need be; None, and one warning, where that fails."""
+def load() -> bool:
+    """Load the library, built if need be: it registers `fp6::mm` for CPUs. False, and one warning, where that fails."""
     try:
-        return ctypes.CDLL(str(_build()))
+        torch.ops.load_library(_build())
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         _log.warning(
@@ -49,7 +50,10 @@ def library() -> ctypes.CDLL | None:
             "(Debian: apt install g++; conda: conda install gxx) or point CXX at one. What failed: %s",
             str(detail).strip(),
         )
-        return None
+        return False
+    for name, fmt in FORMATS.items():
+        torch.ops.fp6.cpu_add_format(name, fmt.values())
+    return True
 
 
 def _build() -> Path:
@@ -79,10 +83,10 @@ def commands(compiler: str) -> tuple[dict[str, list[str]], list[str]]:
     root = Path(torch.__file__).parent
     openmp = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for runs on one thread
     paths = {"portable": [], **(_X86 if x86 else {})}
-    driver = [*openmp, "-isystem", str(root / "include")]
+    torch_flags = [*openmp, "-isystem", str(root / "include")]
     objects = {
         name: [compiler, *_FLAGS, *(["-DFP6_X86"] if x86 else []), *flags, "-c", str(_SOURCES / f"{name}.cpp")]
-        for name, flags in {"fp6": driver, **paths}.items()
+        for name, flags in {"op": torch_flags, "fp6": torch_flags, **paths}.items()
     }
     # libtorch_cpu brings OpenMP's runtime: the one that torch has loaded already, by its name.
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]

@@ -1,4 +1,4 @@
-// What the vector paths and the driver share: a packed weight, prepared activations, and the table of paths.
+// What the vector paths and the driver share: a packed weight, activations and results, and the table of paths.
 //
 // Layout "cpu.v1" (packing.py): strips of 4 rows; a tile is 64 inputs of a strip, 3 x 64 bytes.
 //
@@ -19,16 +19,19 @@ constexpr int kTile = 64;   // inputs of a tile
 constexpr int kHalf = 32;   // inputs of what one look-up yields; groups are multiples of it
 constexpr int kAhead = 16;  // tiles: 2 and 1 KiB
 constexpr int kChunk = 32;  // rows whose sums are kept before they are written: 8 strips
+constexpr int kTranspose = 16;  // rows and columns of floats that are transposed at once
 
 struct Weight {
   const uint8_t* w4;    // [strips, tiles, 2, 64]
   const uint8_t* w2;    // [strips, tiles, 64]
-  const float* scale;   // [groups, n]
+  const float* scale;   // [groups, stride]
   const float* values;  // [64], by code
   int64_t n;
+  int64_t stride;  // n of the whole weight
   int64_t tiles;
   int64_t inputs;  // before padding
-  int64_t group;   // inputs that share a scale: a multiple of 32, or 64 * tiles for one group
+  int64_t group;   // inputs that share a scale, or 64 * tiles for one group; `mm` takes multiples of 32
+  bool fold;       // scales multiply weights, rounded to BF16, instead of sums; only AMX, groups of multiples of 64
 
   const uint8_t* w4_at(int64_t strip, int64_t tile) const { return w4 + (strip * tiles + tile) * 2 * kTile; }
   const uint8_t* w2_at(int64_t strip, int64_t tile) const { return w2 + (strip * tiles + tile) * kTile; }
@@ -39,40 +42,64 @@ struct Weight {
     __builtin_prefetch(w4_at(strip, tile) + kTile);
     __builtin_prefetch(w2_at(strip, tile));
   }
-  // Rows past n are padding of the last strip: any scale does, if it is one that exists.
-  float scale_at(int64_t half, int64_t row) const {
-    return scale[half * kHalf / group * n + (row < n ? row : n - 1)];
+  // Rows [row, row + count) alone; row is a multiple of 4. Scales are still `stride` apart.
+  Weight from(int64_t row, int64_t count) const {
+    Weight part = *this;
+    part.w4 = w4_at(row / kRows, 0), part.w2 = w2_at(row / kRows, 0), part.scale = scale + row, part.n = count;
+    return part;
   }
+  // The scales of a group, by row.
+  const float* scales(int64_t group_index) const { return scale + group_index * stride; }
 };
 
-// How activations are prepared, padded to whole tiles with zeros.
+// x [m, k], contiguous.
+struct Activations {
+  const void* x;
+  bool bf16;  // or float
+  int64_t m, k;
+  int parts;  // BF16 that make up one activation, where products are BF16
+
+  int64_t rows(bool as_floats) const { return as_floats ? m : m * parts; }
+};
+
+// out [m, n], contiguous. An activation's sums are the sum of `parts` columns.
+struct Result {
+  void* out;
+  bool bf16;  // or float
+  int64_t m, n;
+  int parts;
+};
+
+// How activations are prepared, padded to whole tiles with zeros. A row is one part of one activation; floats have one part.
 enum class Order : int {
-  kFloat,   // float [m][k]; every 32 inputs as 16 even ones, then 16 odd ones
-  kBf16,    // bfloat16 [m][k]
-  kTiles,   // bfloat16 operands of AMX [16 pairs of inputs][16 m][2], where operand_at says
+  kFloat,  // float [rows][k]; every 32 inputs as 16 even ones, then 16 odd ones
+  kBf16,   // bfloat16 [rows][k]
+  kTiles,  // bfloat16 operands of AMX [16 pairs of inputs][16 rows][2], where operand_at says
 };
 
 constexpr int64_t kBlock = 4;             // tiles of inputs that AMX decodes at a time, where many activations read them
 constexpr int64_t kOperand = 16 * kHalf;  // values of an operand: 1 KiB
 
-// Where the operand of 32 inputs and 16 of m activations is, in values: what is read one after the other is contiguous,
-// [k / 256][m / 32][8 halves][2 blocks of 16 activations].
+// Where the operand of 32 inputs and 16 of m rows is, in values: what is read one after the other is contiguous,
+// [k / 256][m / 32][8 halves][2 blocks of 16 rows].
 inline int64_t operand_at(int64_t m, int64_t tiles, int64_t half, int64_t block) {
   const int64_t per_block = 2 * kBlock, begin = half / per_block * per_block, left = 2 * tiles - begin;
   const int64_t halves = left < per_block ? left : per_block, pairs = (m + 31) / 32;
   return ((begin * pairs + block / 2 * halves + half - begin) * 2 + block % 2) * kOperand;
 }
 
-// Sums of prepared rows x, scaled: sums[row - 4 * first][ld], m of them, for the rows of at most 8 strips.
-using Mm = void (*)(const Weight&, const void* x, int64_t m, int64_t first, int64_t last, float* sums, int64_t ld);
-// The unscaled values of one tile, [4][64] floats.
-using Decode = void (*)(const Weight&, int64_t strip, int64_t tile, float* out);
-
 struct Path {
   const char* name;
   Order order;
-  Mm mm;
-  Decode decode;
+  // Prepares rows [begin, end) of x, padded to `tiles`; in kTiles, begin is a multiple of 16.
+  void (*prepare)(const Activations&, int64_t tiles, int64_t begin, int64_t end, void* out);
+  // Scaled sums of m prepared rows x: sums[row - 4 * first][ld], for the weight's rows of strips [first, last).
+  void (*mm)(const Weight&, const void* x, int64_t m, int64_t first, int64_t last, float* sums, int64_t ld);
+  // Adds up, rounds and transposes sums [rows][ld] into columns row0 and on of the result. Whole blocks of kTranspose rows
+  // and columns of sums are read.
+  void (*write)(const float* sums, int64_t ld, int64_t row0, int64_t rows, const Result&);
+  // Rows [0, n) of strips [first, last), values times scale, rounded once, to out [n, inputs]. Groups of any size.
+  void (*dequantize)(const Weight&, int64_t first, int64_t last, void* out, bool bf16);
 };
 
 extern const Path portable;
@@ -80,5 +107,15 @@ extern const Path portable;
 extern const Path avx2, avx512, avx512_bf16, amx;
 bool amx_permitted();
 #endif
+
+// fp6.cpp, called by op.cpp.
+
+// The paths that this machine runs, as bits of their numbers: 0 portable, 1 AVX2, 2 AVX-512, 3 with BF16 and VBMI, 4 AMX.
+int paths();
+const Path& path_at(int number);
+// result = x times the weight, transposed.
+void mm(const Path&, const Activations&, const Weight&, const Result&);
+// The weight as [n, inputs], BF16 or float.
+void dequantize(const Path&, const Weight&, void* out, bool bf16);
 
 }  // namespace fp6

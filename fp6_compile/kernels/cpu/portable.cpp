@@ -55,16 +55,13 @@ struct Plain {
     for (float lane : acc.lane) s += lane;
     return s;
   }
-};
-
-void decode_tile(const Weight& w, int64_t strip, int64_t tile, float* out) {
-  const Plain::Codes codes(w.w4_at(strip, tile), w.w4_at(strip, tile) + kTile, w.w2_at(strip, tile));
-  for (int r = 0; r < kRows; r++) {
-    const Plain::Row row = codes[r];
-    for (int i = 0; i < kTile; i++) out[r * kTile + i / 16 * 8 + i % 8 + i / 8 % 2 * kHalf] = w.values[row.code[i]];
+  static void floats(const Half (&half)[2], float* out) {
+    for (int h = 0; h < 2; h++)
+      for (int i = 0; i < kHalf; i++) out[h * kHalf + i] = half[h].w[i / 2 + i % 2 * 16];
   }
-}
+};
 
 }  // namespace
 
-const fp6::Path fp6::portable = {"portable", fp6::Order::kFloat, mm<Plain>, decode_tile};
+const fp6::Path fp6::portable = {"portable", fp6::Order::kFloat, prepare_floats,
+                                 mm_by_strips<Plain>, write, dequantize_strips<Plain>};

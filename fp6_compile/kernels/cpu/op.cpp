@@ -1,0 +1,174 @@
+// fp6::mm for CPUs, registered with torch when the library is loaded: no Python runs in a call. Which path, how activations
+// go in, and the vendor's matmul for many of them.
+//
+// Products with BF16 weights, which hold every code exactly, are exact in float. An FP16 activation is the sum of two BF16,
+// a float one of three; each counts as a row of its own, and the sums are added up: no mantissa is lost.
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <map>
+#include <string>
+
+#include "fp6.h"
+
+namespace {
+using at::Tensor;
+using std::optional;
+using std::string;
+
+constexpr int kAmx = 4, kBf16Path = 3;  // as numbered in fp6.cpp
+constexpr int kAmxFrom = 2, kAmxFromInGroups = 4;  // rows from which AMX beats vdpbf16ps
+constexpr int64_t kVendorFrom = 33;  // without AMX, from so many on the vendor's matmul makes up for decoding for it
+constexpr int64_t kVendorBlock = 1 << 21;  // weights decoded at a time for it: 4 MiB in 16 bits
+
+// The values of every format's codes, told by Python when it loads the library.
+std::map<string, Tensor, std::less<>>& formats() {
+  static std::map<string, Tensor, std::less<>> values;
+  return values;
+}
+
+void add_format(string name, const Tensor& values) { formats()[std::move(name)] = values.to(at::kFloat).contiguous(); }
+
+int supported() {
+  static const int paths = fp6::paths();
+  return paths;
+}
+
+std::vector<string> supported_paths() {
+  std::vector<string> names;
+  for (int i = 0; supported() >> i; i++)
+    if (supported() >> i & 1) names.emplace_back(fp6::path_at(i).name);
+  return names;
+}
+
+int path_named(std::string_view name) {
+  for (int i = 0; supported() >> i; i++)
+    if (supported() >> i & 1 && name == fp6::path_at(i).name) return i;
+  TORCH_CHECK_VALUE(false, "fp6: path: got '", string(name), "', this machine has ", supported_paths());
+}
+
+int parts_of(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? 1 : dtype == at::kHalf ? 2 : dtype == at::kFloat ? 3 : 0;
+}
+
+// The arguments of a call, checked and contiguous: what the kernel is told is what it may read.
+struct Call {
+  Tensor x, w4, w2, scale, values;
+  int64_t m, k, n, group;
+  bool grouped;
+
+  Call(const Tensor& x_, const Tensor& w4_, const Tensor& w2_, const Tensor& scale_, std::string_view format,
+       optional<int64_t> group_size)
+      : w4(w4_.contiguous()), w2(w2_.contiguous()), scale(scale_.contiguous()) {
+    TORCH_CHECK_VALUE(w4.scalar_type() == at::kByte && w2.scalar_type() == at::kByte && scale.scalar_type() == at::kFloat,
+                      "fp6: w4, w2 and scale are ", w4.dtype(), ", ", w2.dtype(), " and ", scale.dtype(),
+                      ", need uint8, uint8 and float32");
+    TORCH_CHECK_VALUE(x_.dim() > 0 && scale.dim() == 2, "fp6: x and scale need 1 and 2 dimensions, have ", x_.dim(), " and ",
+                      scale.dim());
+    k = x_.size(-1), n = scale.size(1);
+    x = x_.reshape({-1, k}).contiguous(), m = x.size(0);
+    group = group_size.value_or(k), grouped = group < k;
+    const int64_t strips = (n + fp6::kRows - 1) / fp6::kRows, tiles = (k + fp6::kTile - 1) / fp6::kTile;
+    TORCH_CHECK_VALUE(w4.sizes() == at::IntArrayRef({strips, tiles, 2, fp6::kTile}) &&
+                          w2.sizes() == at::IntArrayRef({strips, tiles, fp6::kTile}),
+                      "fp6: w4 ", w4.sizes(), " and w2 ", w2.sizes(), " do not hold a weight [", n, ", ", k,
+                      "] in layout cpu.v1");
+    const int64_t groups = group > 0 ? (k + group - 1) / group : 0;
+    TORCH_CHECK_VALUE(groups && scale.size(0) == groups, "fp6: scale has ", scale.size(0), " groups, ", k,
+                      " inputs in groups of ", group, " need ", groups);
+    const auto found = formats().find(format);
+    TORCH_CHECK_VALUE(found != formats().end(), "fp6: format: got '", string(format), "'");
+    values = found->second;
+  }
+  // Groups may not end within 32 inputs, which the kernel multiplies at once.
+  bool fits_kernel() const { return !grouped || group % fp6::kHalf == 0; }
+  int best_path() const {
+    const int best = 31 - __builtin_clz(supported());
+    const int64_t rows = m * parts_of(x.scalar_type());
+    return best == kAmx && rows < (grouped ? kAmxFromInGroups : kAmxFrom) ? kBf16Path : best;
+  }
+  fp6::Weight weight(int path) const {
+    // Scaling weights instead of sums rounds them to BF16, which is all that BF16 activations ask for.
+    const bool fold = path == kAmx && grouped && group % fp6::kTile == 0 && x.scalar_type() == at::kBFloat16;
+    const int64_t tiles = w2.size(1);
+    return {w4.const_data_ptr<uint8_t>(), w2.const_data_ptr<uint8_t>(), scale.const_data_ptr<float>(),
+            values.const_data_ptr<float>(), n, n, tiles, k, grouped ? group : tiles * fp6::kTile, fold};
+  }
+};
+
+// [m, n] by the kernel.
+Tensor by_kernel(const Call& call, int path) {
+  const at::ScalarType dtype = call.x.scalar_type();
+  const bool bf16 = dtype == at::kBFloat16;
+  const int parts = parts_of(dtype);
+  const Tensor x = call.x.to(bf16 ? dtype : at::kFloat), out = at::empty({call.m, call.n}, x.options());
+  fp6::mm(fp6::path_at(path), {x.const_data_ptr(), bf16, call.m, call.k, parts}, call.weight(path),
+          {out.mutable_data_ptr(), bf16, call.m, call.n, parts});
+  return out.to(dtype);
+}
+
+// [m, n] by at::linear, with blocks of rows that are decoded into cache: values times scale, rounded once to x's dtype.
+Tensor by_blocks(const Call& call, int path) {
+  const at::ScalarType dtype = call.x.scalar_type();
+  const bool bf16 = dtype == at::kBFloat16;
+  const int64_t step = std::max<int64_t>(1, kVendorBlock / call.k / fp6::kRows) * fp6::kRows;
+  const Tensor out = at::empty({call.m, call.n}, call.x.options());
+  for (int64_t row = 0; row < call.n; row += step) {
+    const int64_t count = std::min(step, call.n - row);
+    const Tensor rows = at::empty({count, call.k}, at::dtype(bf16 ? at::kBFloat16 : at::kFloat));
+    fp6::dequantize(fp6::path_at(path), call.weight(path).from(row, count), rows.mutable_data_ptr(), bf16);
+    out.narrow(1, row, count).copy_(at::linear(call.x, rows.to(dtype)));
+  }
+  return out;
+}
+
+Tensor run(const Call& call, int path, bool blocks, at::IntArrayRef leading) {
+  at::DimVector shape(leading.begin(), leading.end() - 1);
+  shape.push_back(call.n);
+  if (call.m == 0 || call.n == 0 || call.k == 0) return at::zeros(shape, call.x.options());
+  return (blocks ? by_blocks(call, path) : by_kernel(call, path)).view(shape);
+}
+
+// What no kernel takes: other layouts and dtypes.
+Tensor by_rows(const Tensor& x, const Tensor& w4, const Tensor& w2, const Tensor& scale, c10::string_view format,
+               c10::string_view layout, optional<int64_t> group_size) {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  static const auto op = dispatcher.findSchemaOrThrow("fp6::mm_by_rows", "").typed<decltype(by_rows)>();
+  return op.call(x, w4, w2, scale, format, layout, group_size);
+}
+
+Tensor mm(const Tensor& x, const Tensor& w4, const Tensor& w2, const Tensor& scale, c10::string_view format,
+          c10::string_view layout, optional<int64_t> group_size) {
+  if (layout != "cpu.v1" || !parts_of(x.scalar_type())) return by_rows(x, w4, w2, scale, format, layout, group_size);
+  const Call call(x, w4, w2, scale, format, group_size);
+  const int path = call.best_path();
+  return run(call, path, !call.fits_kernel() || (path != kAmx && call.m >= kVendorFrom), x.sizes());
+}
+
+// A path by name, one way or the other: for tests and experiments.
+Tensor mm_by(const Tensor& x, const Tensor& w4, const Tensor& w2, const Tensor& scale, c10::string_view format,
+             optional<int64_t> group_size, c10::string_view path, bool blocks) {
+  const Call call(x, w4, w2, scale, format, group_size);
+  TORCH_CHECK_VALUE(parts_of(x.scalar_type()), "fp6: x: got ", x.dtype(), ", need float16, bfloat16 or float32");
+  TORCH_CHECK_VALUE(blocks || call.fits_kernel(), "fp6: group_size: got ", call.group, ", the kernel takes multiples of 32");
+  return run(call, path_named(path), blocks, x.sizes());
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(fp6, library) {
+  library.def("cpu_paths() -> str[]", supported_paths);
+  library.def("cpu_add_format(str name, Tensor values) -> ()", add_format);
+  library.def(
+      "cpu_mm(Tensor x, Tensor w4, Tensor w2, Tensor scale, str format, int? group_size, str path, bool blocks)"
+      " -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(fp6, CPU, library) {
+  library.impl("mm", mm);
+  library.impl("cpu_mm", mm_by);
+}
