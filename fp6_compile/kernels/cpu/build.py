@@ -82,7 +82,7 @@ def commands(compiler: str) -> tuple[dict[str, list[str]], list[str]]:
     driver = [*openmp, "-isystem", str(root / "include")]
     objects = {
         name: [compiler, *_FLAGS, *(["-DFP6_X86"] if x86 else []), *flags, "-c", str(_SOURCES / f"{name}.cpp")]
-        for name, flags in {"fp6": driver, **paths}.items()
+        for name, flags in {"fp6": driver, "quantize": driver, **paths}.items()
     }
     # libtorch_cpu brings OpenMP's runtime: the one that torch has loaded already, by its name.
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]
