@@ -14,12 +14,25 @@
     kernels    Triton for GPUs, C++ for CPUs
     backend    all of it behind one name
 
+Packed models as files and objects:
+
+    tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
+    dispatch    what such a weight can do beside multiplying
+
 Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
 Triton nor Inductor.
 """
 
 from fp6_compile.report import LinearReport, Report, last_report, reports
+from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
 
-__all__ = ["LinearReport", "Report", "last_report", "refresh", "reports"]
+__all__ = [
+    "LinearReport",
+    "PackedTensor",
+    "Report",
+    "last_report",
+    "refresh",
+    "reports",
+]
 __version__ = "0.1.0"

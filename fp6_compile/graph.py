@@ -22,6 +22,7 @@ from fp6_compile.config import Options
 from fp6_compile.linears import Weight, find_weight, module_names, refusal
 from fp6_compile.packing import layout_for
 from fp6_compile.report import LinearReport, count
+from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import PackSpec, WeightInput, packed_weight
 
 
@@ -40,6 +41,10 @@ class PackedGraph:
         self.taken: list[WeightInput] = []
         self.linears: list[LinearReport] = []
         for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+            packed = getattr(example_inputs[position], "_local_tensor", example_inputs[position])  # a DTensor's
+            if isinstance(packed, PackedTensor):
+                self.linears.append(_packed_already(node, packed))
+                continue
             weight = find_weight(node)
             if weight is not None and _is_static(node, example_inputs[position]):
                 self._consider(position, weight, example_inputs[position])
@@ -108,6 +113,12 @@ class PackedGraph:
             with graph.inserting_after(new):
                 new = graph.call_method("t", (new,))
         return new
+
+
+def _packed_already(node: Node, weight: PackedTensor) -> LinearReport:
+    """The line of a weight that quantize_ or load has packed: the graph multiplies by it through fp6::mm by itself."""
+    name, shape = module_names(Weight(node))[0], tuple(weight.shape)
+    return LinearReport(name, shape, weight.dtype, weight.nbytes, weight.packed_bytes, note="packed already")
 
 
 def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

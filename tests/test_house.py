@@ -15,7 +15,7 @@ FLOORS = [
     {"packing", "quantize"},
     {"config", "kernels"},
     {"ops", "linears", "weights", "report"},
-    {"graph", "passes", "lowerings"},
+    {"graph", "passes", "lowerings", "tensor", "dispatch"},
     {"backend"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
@@ -91,6 +91,7 @@ import sys, torch
 before = set(sys.modules)
 import fp6_compile, fp6_compile.ops, fp6_compile.config
 new = set(sys.modules) - before
-assert not [name for name in new if name.split(".")[0] == "triton" or name.startswith("torch._inductor")], new
+heavy = ("triton", "safetensors", "transformers", "tqdm")
+assert not [name for name in new if name.split(".")[0] in heavy or name.startswith("torch._inductor")], new
 """
     subprocess.run([sys.executable, "-c", code], check=True)
