@@ -18,11 +18,14 @@ Packed models as files and objects:
 
     tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
     dispatch    what such a weight can do beside multiplying
+    storage     safetensors folders, one tensor at a time
+    model       quantize_: a model's linears in place, one by one
 
 Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
 Triton nor Inductor.
 """
 
+from fp6_compile.model import empty_parameters, quantize_
 from fp6_compile.report import LinearReport, Report, last_report, reports
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
@@ -31,7 +34,9 @@ __all__ = [
     "LinearReport",
     "PackedTensor",
     "Report",
+    "empty_parameters",
     "last_report",
+    "quantize_",
     "refresh",
     "reports",
 ]

@@ -14,9 +14,9 @@ FLOORS = [
     {"formats"},
     {"packing", "quantize"},
     {"config", "kernels"},
-    {"ops", "linears", "weights", "report"},
+    {"ops", "linears", "weights", "report", "storage"},
     {"graph", "passes", "lowerings", "tensor", "dispatch"},
-    {"backend"},
+    {"backend", "model"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
