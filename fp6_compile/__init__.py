@@ -20,24 +20,31 @@ Packed models as files and objects:
     dispatch    what such a weight can do beside multiplying
     storage     safetensors folders, one tensor at a time
     model       quantize_: a model's linears in place, one by one
+    manifest    what a checkpoint folder says, and everything that can be wrong with it
+    checkpoint  save and load
 
 Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
 Triton nor Inductor.
 """
 
+from fp6_compile.checkpoint import load, save
+from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import empty_parameters, quantize_
 from fp6_compile.report import LinearReport, Report, last_report, reports
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
 
 __all__ = [
+    "CheckpointError",
     "LinearReport",
     "PackedTensor",
     "Report",
     "empty_parameters",
     "last_report",
+    "load",
     "quantize_",
     "refresh",
     "reports",
+    "save",
 ]
 __version__ = "0.1.0"

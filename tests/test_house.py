@@ -16,7 +16,8 @@ FLOORS = [
     {"config", "kernels"},
     {"ops", "linears", "weights", "report", "storage"},
     {"graph", "passes", "lowerings", "tensor", "dispatch"},
-    {"backend", "model"},
+    {"backend", "model", "manifest"},
+    {"checkpoint"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
 
