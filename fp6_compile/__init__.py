@@ -22,6 +22,7 @@ Packed models as files and objects:
     model       quantize_: a model's linears in place, one by one
     manifest    what a checkpoint folder says, and everything that can be wrong with it
     checkpoint  save and load
+    mx          OCP MXFP6 checkpoints, as AMD Quark writes them
 
 Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
 Triton nor Inductor.
@@ -30,6 +31,7 @@ Triton nor Inductor.
 from fp6_compile.checkpoint import load, save
 from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import empty_parameters, quantize_
+from fp6_compile.mx import load_mx
 from fp6_compile.report import LinearReport, Report, last_report, reports
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
@@ -42,6 +44,7 @@ __all__ = [
     "empty_parameters",
     "last_report",
     "load",
+    "load_mx",
     "quantize_",
     "refresh",
     "reports",
