@@ -23,6 +23,7 @@ Packed models as files and objects:
     manifest    what a checkpoint folder says, and everything that can be wrong with it
     checkpoint  save and load
     mx          OCP MXFP6 checkpoints, as AMD Quark writes them
+    cli         fp6-compile: quantize, inspect, verify
 
 Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
 Triton nor Inductor.
