@@ -15,12 +15,41 @@
     kernels    Triton for GPUs, C++ for CPUs
     backend    all of it behind one name
 
+Packed models as files and objects:
+
+    tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
+    dispatch    what such a weight can do beside multiplying
+    storage     safetensors folders, one tensor at a time
+    model       quantize_: a model's linears in place, one by one
+    manifest    what a checkpoint folder says, and everything that can be wrong with it
+    checkpoint  save and load
+    mx          OCP MXFP6 checkpoints, as AMD Quark writes them
+    cli         fp6-compile: quantize, inspect, verify
+
 Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
 Triton nor Inductor.
 """
 
+from fp6_compile.checkpoint import load, save
+from fp6_compile.manifest import CheckpointError
+from fp6_compile.model import empty_parameters, quantize_
+from fp6_compile.mx import load_mx
 from fp6_compile.report import LinearReport, Report, last_report, reports
+from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
 
-__all__ = ["LinearReport", "Report", "last_report", "refresh", "reports"]
+__all__ = [
+    "CheckpointError",
+    "LinearReport",
+    "PackedTensor",
+    "Report",
+    "empty_parameters",
+    "last_report",
+    "load",
+    "load_mx",
+    "quantize_",
+    "refresh",
+    "reports",
+    "save",
+]
 __version__ = "0.1.0"

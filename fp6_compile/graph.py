@@ -22,10 +22,11 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from fp6_compile.config import Options
-from fp6_compile.linears import find_weight, module_names, refusal
+from fp6_compile.linears import Weight, find_weight, module_names, refusal
 from fp6_compile.merging import Candidate, groups
 from fp6_compile.packing import layout_for
 from fp6_compile.report import LinearReport, count
+from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import PackSpec, Planes, WeightInput, packed_planes
 
 
@@ -59,7 +60,12 @@ class PackedGraph:
 
     def _candidates(self, gm: GraphModule) -> Iterator[Candidate]:
         for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-            weight, value = find_weight(node), self.example_inputs[position]
+            value = self.example_inputs[position]
+            packed = getattr(value, "_local_tensor", value)  # a DTensor's
+            if isinstance(packed, PackedTensor):
+                self._lines[position] = _packed_already(node, packed)
+                continue
+            weight = find_weight(node)
             if weight is None or not _is_static(node, value):
                 continue
             candidate = Candidate(position, weight, value, module_names(weight))
@@ -150,6 +156,12 @@ def _note(candidate: Candidate, group: list[Candidate]) -> str | None:
     notes = [f"merged with {', '.join(others)}"] if others else []
     notes += [f"{candidate.value.dtype} kept for {', '.join(readers)}"] if readers else []
     return "; ".join(notes) or None
+
+
+def _packed_already(node: Node, weight: PackedTensor) -> LinearReport:
+    """The line of a weight that quantize_ or load has packed: the graph multiplies by it through fp6::mm by itself."""
+    name, shape = module_names(Weight(node))[0], tuple(weight.shape)
+    return LinearReport(name, shape, weight.dtype, weight.nbytes, weight.packed_bytes, note="packed already")
 
 
 def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

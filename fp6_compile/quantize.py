@@ -21,9 +21,10 @@ SCALES = ("absmax", "mse")
 
 # Clipping ratios that "mse" tries; the first, 1.0, is absmax.
 _CLIPS = [1.0 - 0.02 * i for i in range(21)]
-# Weights are quantized this many at a time: on a CPU, what stays in a core's second-level cache (more than that is five
-# times slower); elsewhere, what keeps temporaries small beside a layer.
-_BLOCK = {"cpu": 1 << 16}
+# Weights are quantized this many at a time. On a CPU: what stays in a core's second-level cache, and what torch does not
+# split among threads (at::internal::GRAIN_SIZE), whose meeting after every operation takes longer on a busy machine than the
+# work. Elsewhere: what keeps temporaries small beside a layer.
+_BLOCK = {"cpu": 1 << 15}
 _LARGE_BLOCK = 1 << 24
 
 
@@ -54,9 +55,10 @@ def quantize(
     for rows in row_blocks(n, k, weight.device):
         w = F.pad(weight[rows].float(), (0, groups * size - k)).unflatten(1, (groups, size))
         s = _absmax_scale(w, fmt) if scale == "absmax" else _mse_scale(w, fmt)
-        codes[rows] = fmt.encode(w / s).view(w.shape[0], -1)[:, :k]
+        codes[rows] = fmt.encode(w / s).flatten(1)[:, :k]
         scales[:, rows] = s[..., 0].T
-    _check_finite(weight, scales)
+    if not scales.isfinite().all():  # a group with NaN or an infinity has such a scale
+        check_finite(weight)
     return codes, scales
 
 
@@ -78,19 +80,18 @@ def _check(weight: Tensor, group_size: int | None, scale: str) -> None:
         raise ValueError(f"scale: got {scale!r}, known scales are {list(SCALES)}")
 
 
-def _check_finite(weight: Tensor, scales: Tensor) -> None:
-    """A group with NaN or an infinity has such a scale: the weight itself is read only to count them."""
-    if not scales.isfinite().all():
-        bad = int((~weight.isfinite()).sum())
-        if bad:
-            raise ValueError(f"weight: {bad} of {weight.numel()} values are NaN or infinite")
+def check_finite(weight: Tensor) -> None:
+    """ValueError, which counts them, for a weight with NaN or infinite values."""
+    bad = int((~weight.isfinite()).sum())
+    if bad:
+        raise ValueError(f"weight: {bad} of {weight.numel()} values are NaN or infinite")
 
 
 def row_blocks(n: int, k: int, device: torch.device, granularity: int = 1) -> Iterator[slice]:
     """Slices of rows of a weight [n, k], each a multiple of `granularity` but the last, small enough to work on at once."""
     block = _BLOCK.get(device.type, _LARGE_BLOCK)
     rows = max(1, block // max(k, 1) // granularity) * granularity
-    return (slice(i, min(i + rows, n)) for i in range(0, n, rows))
+    return (slice(i, min(i + rows, n)) for i in range(0, max(n, 1), rows))
 
 
 def _absmax_scale(w: Tensor, fmt: Format) -> Tensor:

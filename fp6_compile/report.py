@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 log = logging.getLogger("fp6_compile")
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,14 @@ class Report:
         if reasons:
             reason, count = reasons.most_common(1)[0]
             line += f", {len(self.refused)} left alone ({count}: {reason})"
-        return f"{line}, weights {_size(self.bytes_before)} -> {_size(self.bytes_after)}"
+        return f"{line}, weights {size_text(self.bytes_before)} -> {size_text(self.bytes_after)}"
 
     def __str__(self) -> str:
         width = max((len(linear.name) for linear in self.linears), default=0)
         lines = [self.summary()]
         for linear in self.linears:
             shape = "x".join(map(str, linear.shape))
-            verdict = linear.reason or f"{_size(linear.bytes_before)} -> {_size(linear.bytes_after)}"
+            verdict = linear.reason or f"{size_text(linear.bytes_before)} -> {size_text(linear.bytes_after)}"
             note = f" ({linear.note})" if linear.note else ""
             mark = "fp6 " if linear.taken else "left"
             lines.append(f"  {mark}  {linear.name:<{width}}  {shape:>13}  {verdict}{note}")
@@ -114,12 +117,22 @@ def count(event: str) -> None:
     counters["fp6"][event] += 1
 
 
+def progress(items: Sequence[Item], title: str) -> Iterable[Item]:
+    """`items`, with a bar on the terminal where that takes more than two seconds and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=title, disable=None, delay=2, leave=False)
+
+
 def forget_reports() -> None:
     """Forget all reports."""
     _reports.clear()
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
+    """A number of bytes, for people: 4.03 GB."""
     for unit in ("B", "KB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -96,9 +96,26 @@ def test_mse_scale_never_loses_to_absmax():
         assert _sqnr(w, fmt, 64, "mse") >= _sqnr(w, fmt, 64, "absmax")
 
 
-@pytest.mark.parametrize(("fmt", "row", "group"), [("e3m2", 25.6, 26.0), ("e2m3", 30.9, 31.8)], ids=["e3m2", "e2m3"])
-def test_sqnr_of_gaussian_weights(fmt, row, group):
-    """The design's table for a Gaussian, 256 x 4096: decibels per row and per group of 64."""
-    w = torch.randn(256, 4096, generator=torch.Generator().manual_seed(0))
-    assert _sqnr(w, fmt, None) == pytest.approx(row, abs=0.3)
-    assert _sqnr(w, fmt, 64) == pytest.approx(group, abs=0.3)
+DISTRIBUTIONS = {
+    "Gaussian": torch.distributions.Normal(0.0, 1.0),
+    "Laplace": torch.distributions.Laplace(0.0, 1.0),
+    "Student t, 4 degrees": torch.distributions.StudentT(4.0),
+}
+# The design's table: decibels per row and per group of 64.
+SQNR = {
+    ("e3m2", "Gaussian"): (25.6, 26.0),
+    ("e3m2", "Laplace"): (25.6, 26.5),
+    ("e3m2", "Student t, 4 degrees"): (25.7, 26.8),
+    ("e2m3", "Gaussian"): (30.9, 31.8),
+    ("e2m3", "Laplace"): (28.9, 31.7),
+    ("e2m3", "Student t, 4 degrees"): (24.8, 31.5),
+}
+
+
+@pytest.mark.parametrize(("fmt", "distribution"), SQNR)
+def test_sqnr_of_synthetic_weights(fmt, distribution):
+    """256 x 4096, the mean of four draws: a heavy tail hangs on each row's largest value (24.6 to 25.2 for E2M3 by row)."""
+    torch.manual_seed(0)
+    samples = [DISTRIBUTIONS[distribution].sample((256, 4096)) for _ in range(4)]
+    found = [sum(_sqnr(w, fmt, size) for w in samples) / len(samples) for size in (None, 64)]
+    assert found == pytest.approx(SQNR[fmt, distribution], abs=0.3)

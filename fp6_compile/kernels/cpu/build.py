@@ -7,6 +7,7 @@ finds all of it or nothing, and processes that build at the same time only waste
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import logging
@@ -56,6 +57,12 @@ def load() -> bool:
     return True
 
 
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """What `load` has loaded, for functions that are no operators; None where that failed."""
+    return ctypes.CDLL(str(_build())) if load() else None
+
+
 def _build() -> Path:
     # Here, because importing Inductor takes a second that a model without packed weights on a CPU need not wait.
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -86,7 +93,7 @@ def commands(compiler: str) -> tuple[dict[str, list[str]], list[str]]:
     torch_flags = [*openmp, "-isystem", str(root / "include")]
     objects = {
         name: [compiler, *_FLAGS, *(["-DFP6_X86"] if x86 else []), *flags, "-c", str(_SOURCES / f"{name}.cpp")]
-        for name, flags in {"op": torch_flags, "fp6": torch_flags, **paths}.items()
+        for name, flags in {"op": torch_flags, "fp6": torch_flags, "quantize": torch_flags, **paths}.items()
     }
     # libtorch_cpu brings OpenMP's runtime: the one that torch has loaded already, by its name.
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]

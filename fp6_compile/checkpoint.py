@@ -1,0 +1,194 @@
+"""`save` and `load`: a packed model in a folder. What is in the folder: manifest.py.
+
+`save` writes each shard under a name of its own, and last of all, in one atomic step, the index that names them. Killed at
+any moment it leaves the old index with its shards, or the new one with its; files of others, such as a transformers model's
+configuration, stay as they are. (Exchanging whole folders would lose those, and needs a system call that not all systems
+have.) Shards that no index names are removed by the next save: one writer at a time.
+
+`load` checks everything, every byte and whether it fits the model, before it touches the model, and then goes through it one
+tensor at a time, from the mapped file to the device and into the device's layout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fp6_compile.manifest import INDEX, CheckpointError, Manifest, Weight, index_text, metadata, shards_of
+from fp6_compile.model import Place, places
+from fp6_compile.packing import PLANES
+from fp6_compile.report import LinearReport, Report, progress
+from fp6_compile.storage import read, replace, safetensors, sync_folder, write
+from fp6_compile.tensor import PackedTensor
+
+_SHARD_BYTES = 4 << 30
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str], *, shard_bytes: int = _SHARD_BYTES) -> None:
+    """Write all parameters and buffers of `model` to `folder`, packed ones in canonical planes. Atomic.
+
+    Buffers that are not persistent are written too: a model that is made on the meta device has no other source of them.
+
+    Raises:
+        ValueError: tensors on the meta device, of a subclass other than PackedTensor, or of a dtype that safetensors has
+            not; a module with extra state. The folder is then as it was.
+        ImportError: no safetensors library.
+    """
+    safetensors()
+    model = getattr(model, "_orig_mod", model)
+    _check_can_be_saved(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = _split(places(model), shard_bytes)
+    written: dict[str, dict[str, Any]] = {}
+    for number, shard in enumerate(progress(shards, "fp6: saving"), 1):
+        partial = folder / f"fp6-{number:05}-of-{len(shards):05}.safetensors.partial"
+        digest = write(partial, shard.layout, shard.tensors(), metadata(shard.weights, shard.tied))
+        path = folder / f"fp6-{number:05}-of-{len(shards):05}-{digest[:16]}.safetensors"
+        written[path.name] = {"bytes": partial.stat().st_size, "sha256": digest}
+        os.replace(partial, path)
+    sync_folder(folder)
+    replace(folder / INDEX, index_text(written))
+    for path in shards_of(folder):
+        if path.name not in written:
+            path.unlink()
+
+
+def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Report:
+    """Give `model` the parameters and buffers that `save` wrote, packed ones in the layout of their device.
+
+    Args:
+        model: of the same class and configuration as the saved one, packed or not; best made under `torch.device("meta")`.
+        folder: what `save` wrote.
+        device: where to; None leaves every tensor on the device that the model has it on (a CPU for the meta device).
+
+    Returns:
+        The packed weights.
+
+    Raises:
+        CheckpointError (a ValueError): the folder is no checkpoint, is damaged, of an unknown version, or does not fit the
+            model. The model is then as it was.
+        ImportError: no safetensors library.
+    """
+    safetensors()
+    model = getattr(model, "_orig_mod", model)
+    manifest = Manifest.read(Path(folder))
+    found = {name: place for place in places(model) for name in place.names}
+    _check_fits(found, manifest)
+    aliases: dict[str, list[Place]] = {}
+    for alias, name in manifest.tied.items():
+        aliases.setdefault(name, []).append(found[alias])
+    lines = []
+    for name in progress([*manifest.plain, *manifest.weights], "fp6: loading"):
+        place = found[name]
+        for other in aliases.get(name, []):
+            if other is not place:
+                place.names, place.owners = place.names + other.names, place.owners + other.owners
+        target = torch.device(device) if device is not None else place.tensor.device
+        target = torch.device("cpu") if target.type == "meta" else target
+        if name in manifest.plain:
+            (_, value), *_ = read([manifest.plain[name]], target)
+            place.put(value.clone())
+        else:
+            packed = _read_packed(manifest, name, target)
+            place.put(packed)
+            lines.append(_line(place, packed))
+    return Report(tuple(lines), ", ".join(sorted({weight.format for weight in manifest.weights.values()})))
+
+
+def _read_packed(manifest: Manifest, name: str, device: torch.device) -> PackedTensor:
+    weight = manifest.weights[name]
+    *planes, scale = (t for _, t in read((manifest.entries[f"{name}.{s}"] for s in weight.tensors()), device))
+    how = (weight.format, weight.group_size, weight.shape[1], weight.dtype)
+    return PackedTensor.from_planes(planes, scale.clone(), *how)  # planes are repacked, and thereby copied
+
+
+def _line(place: Place, packed: PackedTensor) -> LinearReport:
+    return LinearReport(place.title, tuple(packed.shape), packed.dtype, packed.nbytes, packed.packed_bytes)
+
+
+@dataclass
+class _Shard:
+    """The places of one file."""
+
+    places: list[Place] = field(default_factory=list)
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        packed = {p.names[0]: p.tensor for p in self.places if isinstance(p.tensor, PackedTensor)}
+        return {
+            n: Weight(t.spec.format, t.spec.group_size, (t.shape[0], t.shape[1]), t.dtype) for n, t in packed.items()
+        }
+
+    @property
+    def tied(self) -> dict[str, str]:
+        return {alias: place.names[0] for place in self.places for alias in place.names[1:]}
+
+    @property
+    def layout(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """(dtype, shape) of every tensor of the file, in order."""
+        weights, found = self.weights, {}
+        for place in self.places:
+            name = place.names[0]
+            parts = {f".{s}": about for s, about in weights[name].tensors().items()} if name in weights else {}
+            for suffix, about in (parts or {"": (place.tensor.dtype, tuple(place.tensor.shape))}).items():
+                found[f"{name}{suffix}"] = about
+        return found
+
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors of `layout`; canonical planes exist one weight at a time."""
+        for place in self.places:
+            if isinstance(place.tensor, PackedTensor):
+                packed = place.tensor.repack(PLANES)
+                yield from (*packed.planes, packed.scale)
+            else:
+                yield place.tensor
+
+
+def _split(found: list[Place], shard_bytes: int) -> list[_Shard]:
+    shards, size = [_Shard()], 0
+    for place in found:
+        tensor = place.tensor
+        bytes_ = tensor.packed_bytes if isinstance(tensor, PackedTensor) else tensor.nbytes
+        if shards[-1].places and size + bytes_ > shard_bytes:
+            shards, size = [*shards, _Shard()], 0
+        shards[-1].places.append(place)
+        size += bytes_
+    return shards
+
+
+def _check_can_be_saved(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(
+                f"fp6: {name or 'the model'} ({type(module).__name__}) has extra state, which cannot be saved"
+            )
+    for place in places(model):
+        if place.tensor.is_meta:
+            raise ValueError(f"fp6: {place.names[0]} is on the meta device: it has no values to save")
+        if type(place.tensor) not in (Tensor, nn.Parameter, PackedTensor):
+            kind = type(place.tensor).__name__
+            raise ValueError(
+                f"fp6: {place.names[0]} is a {kind}; make it an ordinary tensor first (DTensor: .full_tensor())"
+            )
+
+
+def _check_fits(found: dict[str, Place], manifest: Manifest) -> None:
+    shapes = {name: entry.shape for name, entry in manifest.plain.items()}
+    shapes |= {name: weight.shape for name, weight in manifest.weights.items()}
+    shapes |= {alias: shapes[name] for alias, name in manifest.tied.items()}
+    missing, extra = sorted(found.keys() - shapes.keys()), sorted(shapes.keys() - found.keys())
+    if missing or extra:
+        parts = [f"lacks {len(missing)} of its tensors ({', '.join(missing[:3])})"] if missing else []
+        parts += [f"has {len(extra)} others ({', '.join(extra[:3])})"] if extra else []
+        raise CheckpointError(f"fp6: {manifest.folder} is not of this model: it {' and '.join(parts)}")
+    for name, place in found.items():
+        if tuple(place.tensor.shape) != tuple(shapes[name]):
+            have, want = list(place.tensor.shape), list(shapes[name])
+            raise CheckpointError(f"fp6: {name} is {have} in the model and {want} in {manifest.folder}")

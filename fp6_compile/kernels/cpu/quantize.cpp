@@ -1,0 +1,171 @@
+// Weights to codes and scales in one pass, the codes in tiles ("cpu.v1") or as they are. The same bits as quantize.py.
+//
+// Loops that compilers vectorize, one clone for each instruction set, chosen when the library is loaded.
+#include <cstring>
+#include <memory>
+
+#include "fp6.h"
+
+#ifdef FP6_X86
+#include <immintrin.h>
+#endif
+
+#ifdef FP6_SERIAL  // the sanitizers' build, without torch
+namespace at {
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t, const F& f) {
+  f(begin, end);
+}
+}  // namespace at
+#else
+#include <ATen/Parallel.h>
+#endif
+
+#if defined(FP6_X86) && defined(__linux__) && !defined(FP6_SERIAL)  // clones are resolved before sanitizers are up
+#define FP6_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define FP6_CLONES
+#endif
+
+namespace {
+using namespace fp6;
+
+constexpr int64_t kWorthAThread = 1 << 16;  // weights
+constexpr uint32_t kMagnitude = 0x7FFFFFFF;
+constexpr uint32_t kInfinity = 0x7F800000;
+constexpr float kTiny = 1.17549435e-38f;  // the smallest normal number
+
+inline uint32_t bits_of(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// An FP16 as a float: its exponent moves up by 112, and a subnormal loses the implicit one that this gives it. Infinities
+// and NaN come out as numbers from 2^16 on.
+inline float float_of_half(uint16_t half) {
+  const uint32_t magnitude = (half & 0x7FFFu) << 13, sign = (half & 0x8000u) << 16;
+  const float normal = float_of(magnitude + (112u << 23));
+  const float subnormal = float_of(magnitude + (113u << 23)) - float_of(113u << 23);
+  return float_of(bits_of((half & 0x7C00) ? normal : subnormal) | sign);
+}
+
+FP6_CLONES void floats_of_halves_portable(const uint16_t* in, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = float_of_half(in[i]);
+}
+
+#ifdef FP6_X86
+__attribute__((target("avx,f16c"))) void floats_of_halves(const uint16_t* in, int64_t count, float* out) {
+  static const bool supported = __builtin_cpu_supports("avx") && __builtin_cpu_supports("f16c");
+  int64_t i = 0;
+  for (; supported && i + 8 <= count; i += 8)
+    _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  floats_of_halves_portable(in + i, count - i, out + i);
+}
+#else
+constexpr auto floats_of_halves = floats_of_halves_portable;
+#endif
+
+FP6_CLONES void floats_of_bf16(const uint16_t* in, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i++) out[i] = float_of(static_cast<uint32_t>(in[i]) << 16);
+}
+
+// The largest magnitude, as bits: they are ordered as the floats are, and NaN comes after infinity.
+FP6_CLONES uint32_t largest(const float* in, int64_t count) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t magnitude = bits_of(in[i]) & kMagnitude;
+    most = magnitude > most ? magnitude : most;
+  }
+  return most;
+}
+
+// The nearest codes of in / scale: Format.encode in formats.py, which says why.
+FP6_CLONES void encode(const float* in, int64_t count, float scale, int exponent_bits, int mantissa_bits, uint8_t* out) {
+  const int bias = (1 << (exponent_bits - 1)) - 1, bits = 1 + exponent_bits + mantissa_bits, up = 23 - mantissa_bits;
+  const int32_t low = 128 - bias, magic_add = (up << 23) + (1 << 22), most = (1 << (bits - 1)) - 1;
+  for (int64_t i = 0; i < count; i++) {
+    const uint32_t value = bits_of(in[i] / scale), magnitude = value & kMagnitude;
+    int32_t power = static_cast<int32_t>(magnitude & kInfinity);
+    power = power < low << 23 ? low << 23 : power;
+    const int32_t magic = power + magic_add;
+    const int32_t sum = static_cast<int32_t>(bits_of(float_of(magnitude) + float_of(magic)));
+    const int32_t code = sum - magic + (power >> up) - (low << mantissa_bits);
+    out[i] = static_cast<uint8_t>((code < most ? code : most) | (value >> 31) << (bits - 1));
+  }
+}
+
+// A tile of codes, [4][kTile], as the three vectors of the layout: a and b in w4, c in w2.
+FP6_CLONES void tile_of(const uint8_t* codes, int64_t ld, uint8_t* ab, uint8_t* c) {
+  uint8_t rows[kRows][kTile];
+  for (int r = 0; r < kRows; r++)
+    for (int l = 0; l < 4; l++)
+      for (int h = 0; h < 2; h++) std::memcpy(rows[r] + 16 * l + 8 * h, codes + r * ld + kHalf * h + 8 * l, 8);
+  for (int i = 0; i < kTile; i++) {
+    const uint8_t last = rows[3][i];
+    ab[i] = rows[0][i] | last << 6;
+    ab[kTile + i] = rows[1][i] | last >> 2 << 6;
+    c[i] = rows[2][i] | last >> 4 << 6;
+  }
+}
+
+enum Dtype : int { kHalfs, kBf16s, kFloats };
+
+struct Source {
+  const char* data;
+  int dtype;
+  int64_t stride;  // of rows, in values
+
+  // Row `row` as floats, in `buffer` or where it is.
+  const float* row(int64_t row, int64_t k, float* buffer) const {
+    const char* at = data + row * stride * (dtype == kFloats ? 4 : 2);
+    if (dtype == kFloats) return reinterpret_cast<const float*>(at);
+    if (dtype == kHalfs) floats_of_halves(reinterpret_cast<const uint16_t*>(at), k, buffer);
+    if (dtype == kBf16s) floats_of_bf16(reinterpret_cast<const uint16_t*>(at), k, buffer);
+    return buffer;
+  }
+};
+
+}  // namespace
+
+// Codes of a weight [n, k] by groups of inputs, in w4 [n/4, k/64, 2, 64] and w2 [n/4, k/64, 64], and scale [groups, n]: NaN
+// for a group that has values which are not finite.
+extern "C" __attribute__((visibility("default"))) void fp6_quantize(const void* weight, int dtype, int64_t stride, int64_t n,
+                                                                    int64_t k, int64_t group, int exponent_bits,
+                                                                    int mantissa_bits, float max, uint8_t* w4, uint8_t* w2,
+                                                                    float* scale) {
+  const Source source{static_cast<const char*>(weight), dtype, stride};
+  const int64_t tiles = (k + kTile - 1) / kTile, ld = tiles * kTile;
+  const uint32_t beyond = dtype == kHalfs ? bits_of(65536.0f) : kInfinity;
+  at::parallel_for(0, (n + kRows - 1) / kRows, 1 + kWorthAThread / (kRows * k), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> floats(new float[k]);
+    const std::unique_ptr<uint8_t[]> codes(new uint8_t[kRows * ld]());
+    for (int64_t strip = begin; strip < end; strip++) {
+      for (int64_t r = 0; r < kRows; r++) {
+        const int64_t row = strip * kRows + r;
+        if (row >= n) {
+          std::memset(codes.get() + r * ld, 0, ld);
+          continue;
+        }
+        const float* values = source.row(row, k, floats.get());
+        for (int64_t from = 0, g = 0; from < k; from += group, g++) {
+          const int64_t count = from + group < k ? group : k - from;
+          const uint32_t most = largest(values + from, count);
+          const float of_max = float_of(most) / max, s = most == 0 ? 1.0f : of_max < kTiny ? kTiny : of_max;
+          scale[g * n + row] = most >= beyond ? float_of(kInfinity + 1) : s;
+          if (most < beyond) encode(values + from, count, s, exponent_bits, mantissa_bits, codes.get() + r * ld + from);
+        }
+      }
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t at = strip * tiles + tile;
+        tile_of(codes.get() + tile * kTile, ld, w4 + at * 2 * kTile, w2 + at * kTile);
+      }
+    }
+  });
+}

@@ -1,0 +1,240 @@
+"""`quantize_`: every nn.Linear of a model, in place, one weight at a time, freeing as it goes.
+
+The peak is the packed model and one weight. With `source`, a folder of safetensors files, the same holds for a model whose
+16-bit weights fit nowhere: make it with its parameters on the meta device, and they are read, packed and dropped one by one.
+
+    with fp6_compile.empty_parameters():
+        model = MyModel()
+    fp6_compile.quantize_(model, source="folder", device="cuda")
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from fp6_compile.config import Options
+from fp6_compile.kernels.config import supports
+from fp6_compile.report import LinearReport, Report, progress, publish
+from fp6_compile.storage import Entry, folder_entries, read
+from fp6_compile.tensor import DTYPES, PackedTensor
+
+
+@dataclass
+class Place:
+    """A parameter or buffer and everywhere it is found: tied ones have several names."""
+
+    tensor: Tensor
+    names: list[str] = field(default_factory=list)
+    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
+
+    def put(self, value: Tensor) -> None:
+        """Put `value` where the tensor was, everywhere. A parameter stays one; packed, it does not require grad."""
+        if isinstance(self.tensor, nn.Parameter):
+            keeps_grad = self.tensor.requires_grad and not isinstance(value, PackedTensor)
+            value = nn.Parameter(value.detach(), requires_grad=keeps_grad)
+        for module, attribute in self.owners:
+            setattr(module, attribute, value)
+        self.tensor = value
+
+    @property
+    def title(self) -> str:
+        """Its name in reports: of a linear that has it, if one does."""
+        linear = (n for n, (m, _) in zip(self.names, self.owners, strict=True) if isinstance(m, nn.Linear))
+        return next(linear, self.names[0]).removesuffix(".weight")
+
+    @property
+    def is_persistent(self) -> bool:
+        """Whether it is in the model's state_dict."""
+        return any(attribute not in module._non_persistent_buffers_set for module, attribute in self.owners)
+
+
+def places(model: nn.Module) -> list[Place]:
+    """The parameters and buffers of a model, in order, tied ones once."""
+    found: dict[int, Place] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                place = found.setdefault(id(tensor), Place(tensor))
+                place.names.append(f"{prefix}.{attribute}" if prefix else attribute)
+                place.owners.append((module, attribute))
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Modules made in this context have their parameters on the meta device, and their buffers where they belong.
+
+    What `torch.device("meta")` does not give: buffers that are computed when the model is made (rotary frequencies), and
+    that no checkpoint has. For this context torch.nn.Module registers every parameter as an empty one, in all threads.
+    """
+
+    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def quantize_(
+    model: nn.Module,
+    *,
+    format: str = "e3m2",
+    group_size: int | None = None,
+    scale: str = "absmax",
+    skip: Sequence[str] = (),
+    min_features: int = 128,
+    float32: bool = False,
+    strict: bool = False,
+    device: torch.device | str | None = None,
+    source: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Replace the weight of every nn.Linear of `model` by a PackedTensor, which does not require grad.
+
+    Args:
+        model: any module.
+        format, group_size, scale, skip, min_features, float32, strict: as in config.Options; names are module names.
+        device: where the model goes, and where it is quantized; None leaves it where it is (with `source`: a CPU).
+        source: a folder of safetensors files, with the names of `model.state_dict()`, that has parameters and buffers.
+
+    Returns:
+        What was packed, what was left alone and why; also fp6_compile.last_report().
+
+    Raises:
+        ValueError: a bad option; with `strict`, a linear that cannot be packed; `source` lacks a tensor or has one of
+            another shape; tensors on the meta device that `source` does not have. The model is then as it was.
+        FileNotFoundError, ImportError: no safetensors files in `source`; no safetensors library.
+    """
+    given = {"format": format, "group_size": group_size, "scale": scale, "skip": skip, "min_features": min_features}
+    options = Options.parse(None, {**given, "float32": float32, "strict": strict})
+    model = getattr(model, "_orig_mod", model)
+    target = torch.device(device) if device is not None else torch.device("cpu") if source is not None else None
+    found = places(model)
+    refusals = {id(place): _refusal(place, options, target) for place in found if _is_weight(place, options)}
+    entries = {} if source is None else folder_entries(source)
+    values = _Values(found, entries, target)
+    if strict:
+        _check_strictly([place for place in found if id(place) in refusals], refusals, values)
+    lines = []
+    for place in progress(found, "fp6: packing"):
+        if id(place) in refusals:
+            lines.append(_pack(place, values.of(place), refusals[id(place)], options))
+        else:
+            _keep(place, values.of(place))
+    report = Report(tuple(lines), format)
+    publish(report)
+    return report
+
+
+class _Values:
+    """Where the values of each place come from: the model itself, or a folder."""
+
+    def __init__(self, found: list[Place], entries: Mapping[str, Entry], device: torch.device | None) -> None:
+        self.entries = {id(place): entries[name] for place in found for name in place.names if name in entries}
+        self.device = device
+        missing = [
+            p.names[0]
+            for p in found
+            if id(p) not in self.entries and (p.tensor.is_meta or (entries and p.is_persistent))
+        ]
+        if missing:
+            where = "not in source" if entries else "on the meta device: give source=, or load the model"
+            hint = "" if entries else " (fp6_compile.empty_parameters() keeps buffers off it)"
+            raise ValueError(f"fp6: {len(missing)} tensors of the model are {where}{hint}: {', '.join(missing[:5])}")
+        for place in found:
+            entry = self.entries.get(id(place))
+            if entry is not None and entry.shape != tuple(place.tensor.shape):
+                shape = list(place.tensor.shape)
+                raise ValueError(f"fp6: {entry.name} is {list(entry.shape)} in source and {shape} in the model")
+
+    def of(self, place: Place) -> Tensor:
+        """The value, on the device; the place's own tensor if that is where it is."""
+        entry = self.entries.get(id(place))
+        if entry is None:
+            return place.tensor.detach().to(self.device or place.tensor.device)
+        return next(read([entry], self.device or "cpu"))[1]
+
+
+def _is_weight(place: Place, options: Options) -> bool:
+    """Whether the report mentions it: weights of linears, and what is large enough to be one."""
+    if any(isinstance(module, nn.Linear) and name == "weight" for module, name in place.owners):
+        return True
+    embeds = all(isinstance(module, (nn.Embedding, nn.EmbeddingBag)) for module, _ in place.owners)
+    large = place.tensor.dim() in (2, 3) and min(place.tensor.shape[-2:]) >= options.min_features
+    return isinstance(place.tensor, nn.Parameter) and large and not embeds
+
+
+def _refusal(place: Place, options: Options, device: torch.device | None) -> tuple[str, bool] | None:
+    """Why it is left alone, and whether the user asked for just that, so that `strict` is content; or None."""
+    tensor, names = place.tensor, [name.removesuffix(".weight") for name in place.names]
+    if glob := options.skips(names):
+        return f"skipped by {glob!r}", True
+    odd = [(n, type(m).__name__) for n, (m, a) in zip(names, place.owners, strict=True) if not _is_plain_linear(m, a)]
+    asked = (torch.float16, torch.bfloat16, *([torch.float32] if options.float32 else []))
+    on_gpu = (device or tensor.device).type == "cuda"
+    no_kernel = supports(options.group_size) if on_gpu else None
+    # (whether it holds, what to say); the first that holds is the reason.
+    checks = [
+        (0 < len(odd) < len(names), f"shared with {'{} ({})'.format(*odd[0]) if odd else ''}"),
+        (len(odd) > 0, f"of {odd[0][1] if odd else ''}, which is no nn.Linear"),
+        (type(tensor) not in (nn.Parameter, PackedTensor), f"a tensor subclass, {type(tensor).__name__}"),
+        (tensor.dtype not in DTYPES, f"{tensor.dtype} weight"),
+        (tensor.dtype not in asked, "float32 weight, and float32=True was not given"),
+        (no_kernel is not None, str(no_kernel)),
+    ]
+    if reason := next((reason for holds, reason in checks if holds), None):
+        return reason, False
+    if min(tensor.shape) < options.min_features:
+        return f"fewer than {options.min_features} inputs or outputs (min_features)", True
+    return None
+
+
+def _is_plain_linear(module: nn.Module, attribute: str) -> bool:
+    return isinstance(module, nn.Linear) and attribute == "weight" and type(module).forward is nn.Linear.forward
+
+
+def _check_strictly(weights: list[Place], refusals: Mapping[int, tuple[str, bool] | None], values: _Values) -> None:
+    for place in weights:
+        reason, excused = refusals[id(place)] or (None, True)
+        if reason is None and not isinstance(place.tensor, PackedTensor) and not values.of(place).isfinite().all():
+            reason, excused = "NaN or infinite values", False
+        if not excused:
+            raise ValueError(f"fp6: strict: cannot pack {place.title}: {reason}")
+
+
+def _pack(place: Place, value: Tensor, refusal: tuple[str, bool] | None, options: Options) -> LinearReport:
+    """Put the weight, packed if it can be, into its place; its line of the report."""
+    dtype, shape = place.tensor.dtype, tuple(place.tensor.shape)
+    reason = refusal[0] if refusal else None
+    before, note = torch.Size(shape).numel() * dtype.itemsize, None
+    if isinstance(value, PackedTensor):
+        note = "packed already"
+        _keep(place, value)
+    elif reason is None:
+        try:
+            place.put(PackedTensor.quantize(value, options.format, options.group_size, options.scale, dtype))
+        except ValueError as error:
+            reason = str(error)
+    if reason is not None:
+        _keep(place, value)
+    packed = place.tensor
+    after = packed.packed_bytes if isinstance(packed, PackedTensor) else before
+    return LinearReport(place.title, shape, dtype, before, after, reason, note)
+
+
+def _keep(place: Place, value: Tensor) -> None:
+    """Put a value that is not packed into its place, in the place's dtype, unless it is there already."""
+    old = place.tensor
+    if old.is_meta or value.device != old.device or value.data_ptr() != old.data_ptr():
+        place.put(value.to(old.dtype, copy=True))

@@ -1,0 +1,233 @@
+"""A packed weight as a tensor: what `quantize_` puts in the place of an nn.Linear's weight.
+
+    PackedTensor [N, K], float16        what everyone sees: shape, dtype, device of the weight it stands for
+        w4, w2                          the planes of its format, in the layout of its device (packing.py)
+        scale [G, N] float32
+
+It is an nn.Parameter like any other: it moves, is copied, saved, tied, sliced and sharded. Linear layers of it run
+`fp6::mm`; what else it can do is in dispatch.py, and everything beyond raises an error that says so. Under torch.compile it
+is a *traceable wrapper subclass* (torch/utils/_python_dispatch.py): its planes become inputs of the graph, and the graph has
+a `fp6::mm` where the linear was, with any backend.
+
+`.to(device)` repacks the planes into the layout that the device's kernel reads. `.to(dtype)` changes the dtype that the
+weight is *presented in*, which activations must have and `dequantize()` rounds to; codes and scales stay as they are, so
+that `.bfloat16().half()` loses nothing. Pickles hold canonical planes and are repacked where they are loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp6_compile import dispatch, lowerings, ops  # noqa: F401  (ops defines fp6::mm)
+from fp6_compile.formats import get_format
+from fp6_compile.kernels.cpu import quantize as cpu
+from fp6_compile.packing import CPU, PLANES, layout_for, pack, plane_names, rows_per_index, unpack
+from fp6_compile.quantize import check_finite, quantize, row_blocks
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Spec(NamedTuple):
+    """All there is to a packed weight beside its tensors: one graph, one cache entry, for all weights of the same."""
+
+    format: str
+    layout: str
+    group_size: int | None
+    k: int
+    dtype: torch.dtype
+    transposed: bool = False
+
+
+class PackedTensor(Tensor):
+    """A weight [N, K] (or, transposed, [K, N]) in planes; see this module's docstring.
+
+    Args:
+        planes: of `spec.format` in `spec.layout`, as `packing.pack` returns them.
+        scale: [G, N] float32, on the planes' device.
+        spec: how to read them.
+    """
+
+    spec: Spec
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, planes: Sequence[Tensor], scale: Tensor, spec: Spec) -> PackedTensor:
+        n, k = scale.shape[1], spec.k
+        shape, strides = ((k, n), (1, k)) if spec.transposed else ((n, k), (k, 1))
+        return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=spec.dtype, device=scale.device)
+
+    def __init__(self, planes: Sequence[Tensor], scale: Tensor, spec: Spec) -> None:
+        for name, plane in zip(plane_names(get_format(spec.format)), planes, strict=True):
+            setattr(self, name, plane)
+        self.scale = scale
+        self.spec = spec
+
+    @classmethod
+    def quantize(
+        cls,
+        weight: Tensor,
+        format: str = "e3m2",
+        group_size: int | None = None,
+        scale: str = "absmax",
+        dtype: torch.dtype | None = None,
+    ) -> PackedTensor:
+        """`weight` [N, K] (float16, bfloat16 or float32) in six bits, presented in `dtype` (by default its own).
+
+        Raises ValueError as quantize.quantize does, and for other dtypes and unknown formats.
+        """
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"weight: got {weight.dtype}, needs one of {', '.join(map(str, DTYPES))}")
+        weight, dtype = weight.detach(), dtype or weight.dtype
+        fmt, layout = get_format(format), layout_for(weight.device, dtype)
+        spec = Spec(format, layout, group_size, weight.shape[1], dtype)
+        if layout == CPU and scale == "absmax" and (fast := cpu.quantize(weight, fmt, group_size)):
+            return cls(fast[:2], fast[2], spec)
+        n, k = weight.shape
+        planes, scales = _Rows(n, layout), []
+        for rows in row_blocks(n, k, weight.device, rows_per_index(layout)):
+            try:
+                codes, s = quantize(weight[rows], fmt, group_size, scale)
+            except ValueError:
+                check_finite(weight)  # the same error, with the count of the whole weight
+                raise
+            planes.put(rows, pack(codes, fmt, layout))
+            scales.append(s)
+        return cls(planes.tensors, torch.cat(scales, 1), spec)
+
+    @classmethod
+    def from_planes(
+        cls, planes: Sequence[Tensor], scale: Tensor, format: str, group_size: int | None, k: int, dtype: torch.dtype
+    ) -> PackedTensor:
+        """From canonical planes, as checkpoints hold them, in the layout of their device."""
+        return cls(planes, scale, Spec(format, PLANES, group_size, k, dtype)).repack(layout_for(scale.device, dtype))
+
+    @property
+    def planes(self) -> tuple[Tensor, ...]:
+        """The planes, the low bits' first."""
+        return tuple(getattr(self, name) for name in plane_names(get_format(self.spec.format)))
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of planes and scales; `nbytes` are those of the weight it stands for."""
+        return sum(tensor.nbytes for tensor in (*self.planes, self.scale))
+
+    def codes(self) -> Tensor:
+        """The codes [N, K] (uint8), whether it is transposed or not."""
+        spec = self.spec
+        return unpack(self.planes, get_format(spec.format), spec.layout, self.scale.shape[1], spec.k)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as an ordinary tensor, of its own dtype unless another is given: value times scale, rounded once."""
+        how = (self.spec.format, self.spec.layout, self.spec.group_size, self.spec.k, dtype or self.dtype)
+        weight = torch.ops.fp6.dequantize(*self.planes, self.scale, *how)
+        return weight.t() if self.spec.transposed else weight
+
+    def repack(self, layout: str) -> PackedTensor:
+        """The same weight with its planes in another layout of `packing.LAYOUTS`."""
+        if layout == self.spec.layout:
+            return self
+        fmt, spec, n = get_format(self.spec.format), self.spec, self.scale.shape[1]
+        planes, per_index = _Rows(n, layout), rows_per_index(spec.layout)
+        for rows in row_blocks(n, spec.k, self.device, max(per_index, rows_per_index(layout))):
+            block = [plane[rows.start // per_index : -(-rows.stop // per_index)] for plane in self.planes]
+            planes.put(rows, pack(unpack(block, fmt, spec.layout, rows.stop - rows.start, spec.k), fmt, layout))
+        return PackedTensor(planes.tensors, self.scale, spec._replace(layout=layout))
+
+    def mm(self, x: Tensor) -> Tensor:
+        """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`."""
+        if x.dtype != self.dtype:
+            raise RuntimeError(
+                f"fp6: x is {x.dtype} and the packed weight {self.dtype}; convert either with .to(dtype)"
+            )
+        if self.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError("fp6: a packed weight cannot be trained: leave requires_grad False")
+        return torch.ops.fp6.mm(x, *self.planes, self.scale, self.spec.format, self.spec.layout, self.spec.group_size)
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
+        """Stays without: a packed weight is a constant. nn.Parameter and load_state_dict(assign=True) ask for it unasked."""
+        return self
+
+    def map(self, function: Callable[[Tensor], Tensor], **changes: Any) -> PackedTensor:
+        """`function` of every tensor inside, with changes to the spec."""
+        return PackedTensor([function(p) for p in self.planes], function(self.scale), self.spec._replace(**changes))
+
+    def __tensor_flatten__(self) -> tuple[list[str], Spec]:
+        return [*plane_names(get_format(self.spec.format)), "scale"], self.spec
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], spec: Spec, size: Any, stride: Any) -> PackedTensor:
+        if "torch._inductor.lowering" in sys.modules:  # someone compiles with Inductor, by whatever backend
+            lowerings.register()
+        return cls([inner[name] for name in plane_names(get_format(spec.format))], inner["scale"], spec)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return _linear(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return dispatch.call(func, args, kwargs or {})
+
+    def _stable_hash_for_caching(self) -> str:
+        """What AOTAutograd's cache must know of it beside the metadata of its tensors."""
+        return repr(self.spec)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        spec, group = self.spec, f", group_size={self.spec.group_size}" if self.spec.group_size else ""
+        return f"PackedTensor({list(self.shape)}, {self.dtype}, {spec.format}{group}, {spec.layout}, {self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
+        if id(self) not in memo:
+            memo[id(self)] = _as_parameter(self.map(torch.clone), self)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        canonical = self.repack(PLANES)
+        is_parameter = isinstance(self, torch.nn.Parameter)
+        return _rebuild, (canonical.planes, self.scale, tuple(canonical.spec), is_parameter)
+
+
+class _Rows:
+    """Planes of n rows in a layout, filled block by block."""
+
+    def __init__(self, n: int, layout: str) -> None:
+        self.n, self.per_index = n, rows_per_index(layout)
+        self.tensors: list[Tensor] = []
+
+    def put(self, rows: slice, planes: Sequence[Tensor]) -> None:
+        """The planes of some rows, which begin where an index begins."""
+        count = -(-self.n // self.per_index)
+        self.tensors = self.tensors or [plane.new_empty(count, *plane.shape[1:]) for plane in planes]
+        for tensor, plane in zip(self.tensors, planes, strict=True):
+            tensor[rows.start // self.per_index : -(-rows.stop // self.per_index)] = plane
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(weight, PackedTensor) or weight.spec.transposed:
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(input, weight, bias)
+    out = weight.mm(input)
+    return out if bias is None else out + bias
+
+
+def _as_parameter(packed: PackedTensor, like: Tensor) -> Any:
+    return torch.nn.Parameter(packed, requires_grad=False) if isinstance(like, torch.nn.Parameter) else packed
+
+
+def _rebuild(planes: Sequence[Tensor], scale: Tensor, spec: tuple, is_parameter: bool) -> Tensor:
+    """Unpickling: canonical planes, on whatever device they were mapped to."""
+    packed = PackedTensor(planes, scale, Spec(*spec))
+    packed = packed.repack(layout_for(packed.device, packed.dtype))
+    return torch.nn.Parameter(packed, requires_grad=False) if is_parameter else packed
+
+
+torch.serialization.add_safe_globals([_rebuild])

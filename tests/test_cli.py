@@ -1,0 +1,177 @@
+"""The command line on a small transformers model, as a new user would: quantize, inspect, verify, load, generate."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fp6_compile
+from fp6_compile import cli
+from tests.test_mx import _bytes
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
+
+SIZES = {
+    **{"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 1, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "vocab_size": 300},
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(source, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    assert (
+        cli.main(["quantize", str(source), str(folder), "--format", "e2m3", "--group-size", "64", "--skip", "*.o_proj"])
+        == 0
+    )
+    return folder
+
+
+def _load(folder):
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    fp6_compile.load(model, folder)
+    return model
+
+
+def test_quantize_keeps_the_other_files(source, packed):
+    names = {path.name for path in packed.iterdir() if not path.name.startswith("fp6-")}
+    assert names == {"config.json", "generation_config.json", "tokenizer.json", "fp6.json"}
+    assert (packed / "config.json").read_text() == (source / "config.json").read_text()
+
+
+def test_same_as_quantizing_in_memory(source, packed):
+    """Streamed from the folder or quantized in memory: the same tokens and the same bits."""
+    original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).eval()
+    fp6_compile.quantize_(original, format="e2m3", group_size=64, skip=["*.o_proj"])
+    model, ids = _load(packed), torch.randint(2, 300, (1, 7))
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, original(ids).logits)
+    how = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(ids, **how), original.generate(ids, **how))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_inspect(packed, capsys):
+    assert cli.main(["inspect", str(packed)]) == 0
+    text = capsys.readouterr().out.splitlines()
+    assert text[0].split() == ["weight", "shape", "format", "group", "dtype", "bytes", "bits"]
+    assert text[1].split() == [
+        "model.layers.0.self_attn.q_proj",
+        "256x256",
+        "e2m3",
+        "64",
+        "bfloat16",
+        "53.2",
+        "KB",
+        "6.50",
+    ]
+    assert text[-1] == "6 packed weights, 852 KB -> 346 KB; 7 other tensors, 286 KB; 1 tied"
+    assert not any("o_proj" in line for line in text)
+
+
+def test_verify(source, packed, capsys):
+    assert cli.main(["verify", str(packed)]) == 0
+    assert cli.main(["verify", str(packed), "--against", str(source)]) == 0
+    text = capsys.readouterr().out
+    assert "all match" in text
+    assert float(text.splitlines()[3].split()[1]) > 30, "decibels of Gaussian weights in E2M3"
+
+
+def test_verify_finds_another_source(source, packed, tmp_path, capsys):
+    tensors = safetensors.load_file(source / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] += 3
+    del tensors["model.layers.0.mlp.gate_proj.weight"]
+    safetensors.save_file(tensors, tmp_path / "model.safetensors")
+    assert cli.main(["verify", str(packed), "--against", str(tmp_path)]) == 1
+    found = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert found["model.norm"].endswith("differs")
+    assert found["model.layers.0.mlp.up_proj"].endswith("codes are not the nearest")
+    assert found["model.layers.0.mlp.gate_proj"].endswith("not in SRC")
+    assert "3 differ" in found["3"]
+
+
+def test_damaged_folder(packed, tmp_path, capsys):
+    (tmp_path / "fp6.json").write_text((packed / "fp6.json").read_text())
+    for command in ("inspect", "verify"):
+        assert cli.main([command, str(tmp_path)]) == 1
+        assert capsys.readouterr().err.startswith("fp6: fp6-00001-of-00001-")
+
+
+def test_mxfp6_folder_is_imported(source, tmp_path, capsys):
+    tensors = safetensors.load_file(source / "model.safetensors")
+    folder = tmp_path / "quark"
+    folder.mkdir()
+    name = "model.layers.0.mlp.up_proj.weight"
+    codes = torch.randint(0, 64, (384, 256), dtype=torch.uint8)
+    tensors |= {name: _bytes(codes), f"{name}_scale": torch.full((384, 8), 120, dtype=torch.uint8)}
+    safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    weight = {"dtype": "fp6_e3m2", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}
+    config["quantization_config"] = {"quant_method": "quark", "global_quant_config": {"weight": weight}}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert cli.main(["quantize", str(folder), str(tmp_path / "ours")]) == 0
+    assert "1 of 1 linears in e3m2" in capsys.readouterr().out
+    model = _load(tmp_path / "ours")
+    torch.testing.assert_close(model.get_parameter(name).codes(), codes, rtol=0, atol=0)
+
+
+def test_usage_errors(source, packed, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "llama", "architectures": ["NoSuchModel"]}')
+    target = str(tmp_path / "out")
+    for arguments, message in {
+        ("quantize", str(tmp_path), target): "has no config.json: not a transformers model folder",
+        ("quantize", str(source), str(source)): "DST is SRC",
+        ("quantize", str(source), str(tmp_path / "full")): "is there already and not an empty folder",
+        ("quantize", str(tmp_path / "odd"), target): "architecture 'NoSuchModel' is not in transformers",
+        ("quantize", str(source), target, "--group-size", "0"): "option 'group_size' got 0",
+        ("quantize", str(source), target, "--skip", "*"): "no linear was packed, so nothing is saved",
+        ("verify", str(packed), "--against", target): "no safetensors files in it",
+    }.items():
+        assert cli.main(arguments) == 2, arguments
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+    for arguments in ([], ["quantize"], ["quantize", "a", "b", "--format", "e9m9"], ["nonsense"]):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(arguments)
+        assert exit.value.code == 2
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["quantize", "--help"], ["inspect", "-h"], ["verify", "-h"], ["--version"]):
+        with pytest.raises(SystemExit) as exit:
+            cli.main(arguments)
+        assert exit.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "the 16-bit model need not fit in memory" in text
+    assert f"fp6_compile {fp6_compile.__version__}" in text
+
+
+def test_entry_point():
+    code = "import sys; from fp6_compile.cli import main; sys.exit(main(['inspect', 'nowhere']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "fp6: nowhere is not a checkpoint: cannot read fp6.json: No such file or directory\n",
+    )

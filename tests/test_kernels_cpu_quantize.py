@@ -1,0 +1,96 @@
+"""The quantizer in C++: the same bits as in torch, whatever the weight."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fp6_compile.formats import FORMATS
+from fp6_compile.kernels.cpu import build
+from fp6_compile.kernels.cpu import quantize as cpu
+from fp6_compile.packing import CPU, pack
+from fp6_compile.quantize import quantize
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler")
+
+
+def _same(weight: torch.Tensor, fmt: str, group_size: int | None) -> None:
+    codes, scale = quantize(weight, FORMATS[fmt], group_size)
+    actual = cpu.quantize(weight, FORMATS[fmt], group_size)
+    torch.testing.assert_close(actual, (*pack(codes, FORMATS[fmt], CPU), scale), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("group_size", [None, 64, 7, 1000])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_same_bits(fmt, group_size, dtype):
+    """Rows of all magnitudes, subnormal ones among them, a row of zeros, and shapes that no tile divides."""
+    generator = torch.Generator().manual_seed(0)
+    for n, k in ((67, 1000), (1, 1), (5, 63), (16, 256)):
+        magnitudes = 10.0 ** torch.randint(-9, 4, (n, 1), generator=generator)
+        weight = (torch.randn(n, k, generator=generator) * magnitudes).to(dtype)
+        weight[n // 2] = 0
+        _same(weight, fmt, group_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_every_16_bit_number(fmt, dtype):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = bits[bits.isfinite()]
+    _same(finite[: finite.numel() // 64 * 64].view(-1, 64), fmt, None)
+    _same(finite[: finite.numel() // 64 * 64].view(64, -1), fmt, 16)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_ties_go_to_even(fmt):
+    """All midpoints of neighbouring values, and the floats next to them, at a scale of one."""
+    values = FORMATS[fmt].values()[:32]
+    middle = (values[1:] + values[:-1]) / 2
+    near = [middle, *(torch.nextafter(middle, torch.tensor(to)) for to in (0.0, torch.inf))]
+    weight = torch.cat([*near, *(-part for part in near), values[-1:]])[None]
+    _same(weight, fmt, None)
+
+
+def test_strided_weights():
+    weight = torch.randn(96, 160).half()
+    for view in (weight[:, 32:], weight.T, weight[::3], weight[5:, :70]):
+        _same(view, "e3m2", 32)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_leaves_to_torch_what_is_not_finite(dtype, bad):
+    weight = torch.ones(5, 64, dtype=dtype)
+    weight[4, 33] = bad
+    assert cpu.quantize(weight, FORMATS["e3m2"], 32) is None
+    weight[4, 33] = torch.finfo(dtype).max
+    assert cpu.quantize(weight, FORMATS["e3m2"], 32) is not None
+
+
+def test_leaves_to_torch_what_it_cannot():
+    assert cpu.quantize(torch.ones(4, 4, dtype=torch.float64), FORMATS["e3m2"], None) is None
+    assert cpu.quantize(torch.ones(0, 4), FORMATS["e3m2"], None) is None
+
+
+def test_sanitizers(tmp_path):
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no g++ or clang++")
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
+    probe = subprocess.run(
+        [compiler, *sanitize, "-x", "c++", "-", "-o", "probe"], input="int main(){}", cwd=tmp_path, text=True
+    )
+    if probe.returncode:
+        pytest.skip("the compiler lacks the sanitizers")
+    command = build.commands(compiler)[0]["quantize"]
+    subprocess.run([*command, *sanitize, "-DFP6_SERIAL"], cwd=tmp_path, check=True)
+    main = ["-std=c++20", str(ROOT / "tests" / "sanitize_quantize.cpp"), "quantize.o"]
+    subprocess.run([compiler, *sanitize, *main, "-o", "main"], cwd=tmp_path, check=True)
+    result = subprocess.run(["./main"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.startswith("clean")
