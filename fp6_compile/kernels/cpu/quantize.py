@@ -39,7 +39,7 @@ def quantize(weight: Tensor, fmt: Format, group_size: int | None) -> tuple[Tenso
 
 
 def repack(planes: Sequence[Tensor], source: str, target: str, n: int, k: int) -> tuple[Tensor, Tensor] | None:
-    """Six-bit planes of a weight [n, k] in the other of the layouts "planes.v1" and "cpu.v1"; None for others, or no library."""
+    """Planes of a weight [n, k] in the other of the layouts "planes.v1" and "cpu.v1"; None for other layouts."""
     plain = all(type(plane) is Tensor and plane.device.type == "cpu" and plane.dtype == torch.uint8 for plane in planes)
     if {source, target} != {PLANES, CPU} or len(planes) != 2 or not plain or 0 in (n, k) or library() is None:
         return None
