@@ -9,10 +9,10 @@ parameters), random BF16 weights. Each step runs in a process of its own:
     save        the packed model
     load        it, parameters on the meta device
 
-Peaks are above what the process holds before the step. *tensors*: bytes of tensor storages alive at once, seen at every
-operator (a second run of the step, because watching takes time); *resident*: anonymous memory, sampled every 5 ms (mapped
-files are the page cache's). Seconds per GB are of 16-bit weights that are packed; reading them once, by the fastest of
-torch's reductions, is the yardstick.
+*tensors*: most bytes of tensor storages that the step has touched and that are alive at once, files that are mapped among
+them, seen at every operator (in a run of its own, because watching takes time). *resident*: most anonymous memory above what
+the process held before, sampled every 5 ms. Seconds per GB are of 16-bit weights that are packed; reading them once, by the
+fastest of torch's reductions, is the yardstick.
 
 A table for people, and last one line of JSON. --json writes it to a file.
 """

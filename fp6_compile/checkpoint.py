@@ -84,22 +84,26 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.devi
     aliases: dict[str, list[Place]] = {}
     for alias, name in manifest.tied.items():
         aliases.setdefault(name, []).append(found[alias])
+    for name, others in aliases.items():
+        for other in others:
+            if other is not found[name]:
+                found[name].join(other)
     lines = []
     for name in progress([*manifest.plain, *manifest.weights], "fp6: loading"):
-        place = found[name]
-        for other in aliases.get(name, []):
-            if other is not place:
-                place.names, place.owners = place.names + other.names, place.owners + other.owners
-        target = torch.device(device) if device is not None else place.tensor.device
-        target = torch.device("cpu") if target.type == "meta" else target
-        if name in manifest.plain:
-            (_, value), *_ = read([manifest.plain[name]], target)
-            place.put(value.clone())
-        else:
-            packed = _read_packed(manifest, name, target)
-            place.put(packed)
-            lines.append(_line(place, packed))
+        _fill(found[name], name, manifest, device)
+        if name in manifest.weights:
+            lines.append(_line(found[name]))
     return Report(tuple(lines), ", ".join(sorted({weight.format for weight in manifest.weights.values()})))
+
+
+def _fill(place: Place, name: str, manifest: Manifest, device: torch.device | str | None) -> None:
+    target = torch.device(device) if device is not None else place.tensor.device
+    target = torch.device("cpu") if target.type == "meta" else target
+    if name in manifest.plain:
+        (_, value), *_ = read([manifest.plain[name]], target)
+        place.put(value.clone())
+    else:
+        place.put(_read_packed(manifest, name, target))
 
 
 def _read_packed(manifest: Manifest, name: str, device: torch.device) -> PackedTensor:
@@ -109,7 +113,9 @@ def _read_packed(manifest: Manifest, name: str, device: torch.device) -> PackedT
     return PackedTensor.from_planes(planes, scale.clone(), *how)  # planes are repacked, and thereby copied
 
 
-def _line(place: Place, packed: PackedTensor) -> LinearReport:
+def _line(place: Place) -> LinearReport:
+    packed = place.tensor
+    assert isinstance(packed, PackedTensor)
     return LinearReport(place.title, tuple(packed.shape), packed.dtype, packed.nbytes, packed.packed_bytes)
 
 

@@ -43,6 +43,10 @@ class Place:
             setattr(module, attribute, value)
         self.tensor = value
 
+    def join(self, other: Place) -> None:
+        """Make `other` a part of this place: what is put here is put there, too."""
+        self.names, self.owners = self.names + other.names, self.owners + other.owners
+
     @property
     def title(self) -> str:
         """Its name in reports: of a linear that has it, if one does."""

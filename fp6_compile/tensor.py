@@ -133,6 +133,8 @@ class PackedTensor(Tensor):
         if layout == self.spec.layout:
             return self
         fmt, spec, n = get_format(self.spec.format), self.spec, self.scale.shape[1]
+        if (fast := cpu.repack(self.planes, spec.layout, layout, n, spec.k)) is not None:
+            return PackedTensor(fast, self.scale, spec._replace(layout=layout))
         planes, per_index = _Rows(n, layout), rows_per_index(spec.layout)
         for rows in row_blocks(n, spec.k, self.device, max(per_index, rows_per_index(layout))):
             block = [plane[rows.start // per_index : -(-rows.stop // per_index)] for plane in self.planes]
@@ -140,8 +142,10 @@ class PackedTensor(Tensor):
         return PackedTensor(planes.tensors, self.scale, spec._replace(layout=layout))
 
     def mm(self, x: Tensor) -> Tensor:
-        """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`."""
-        if x.dtype != self.dtype:
+        """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`. Autocast casts x, as it does for F.linear."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        elif x.dtype != self.dtype:
             raise RuntimeError(
                 f"fp6: x is {x.dtype} and the packed weight {self.dtype}; convert either with .to(dtype)"
             )
@@ -216,7 +220,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         with torch._C.DisableTorchFunctionSubclass():
             return F.linear(input, weight, bias)
     out = weight.mm(input)
-    return out if bias is None else out + bias
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 def _as_parameter(packed: PackedTensor, like: Tensor) -> Any:

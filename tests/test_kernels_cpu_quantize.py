@@ -10,7 +10,7 @@ import torch
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels.cpu import build
 from fp6_compile.kernels.cpu import quantize as cpu
-from fp6_compile.packing import CPU, pack
+from fp6_compile.packing import CPU, PLANES, pack
 from fp6_compile.quantize import quantize
 
 ROOT = Path(__file__).parent.parent
@@ -94,3 +94,19 @@ def test_sanitizers(tmp_path):
     result = subprocess.run(["./main"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.startswith("clean")
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (4, 64), (67, 1001), (5, 63), (32, 130)])
+def test_repack_between_tiles_and_planes(n, k):
+    codes = torch.randint(0, 64, (n, k), dtype=torch.uint8, generator=torch.Generator().manual_seed(n))
+    fmt = FORMATS["e3m2"]
+    for source, target in ((PLANES, CPU), (CPU, PLANES)):
+        actual = cpu.repack(pack(codes, fmt, source), source, target, n, k)
+        torch.testing.assert_close(actual, pack(codes, fmt, target), rtol=0, atol=0)
+
+
+def test_repack_leaves_the_rest_to_torch():
+    planes = pack(torch.zeros(4, 64, dtype=torch.uint8), FORMATS["e3m2"], PLANES)
+    assert cpu.repack(planes, PLANES, "slabs_fp16.v1", 4, 64) is None
+    assert cpu.repack(planes, PLANES, CPU, 8, 64) is None, "planes of another shape are not read"
+    assert cpu.repack([plane.to("meta") for plane in planes], PLANES, CPU, 4, 64) is None

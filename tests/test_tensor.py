@@ -256,6 +256,25 @@ def test_refused_with_a_way_out(what):
         function(_packed(group_size=64))
 
 
+def test_others_that_write_storages_do_not_write_nothing(tmp_path):
+    """There is no storage; a file of nothing, or of the 16-bit size, would be worse than their own error."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
+    model, _ = _models()
+    with pytest.raises(RuntimeError, match="invalid python storage"):
+        safetensors.save_file(model.state_dict(), tmp_path / "file.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_casts_activations(dtype):
+    model, plain = _models()
+    x = torch.randn(3, K)
+    for m in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            actual, expected = m.to(dtype)(x), plain.to(dtype)(x)
+        close(actual, expected)
+        assert actual.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("backend", ["fp6", "inductor", "aot_eager"])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_graph_breaks(backend, dynamic):

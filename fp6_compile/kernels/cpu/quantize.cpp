@@ -1,4 +1,5 @@
-// Weights to codes and scales in one pass, the codes in tiles ("cpu.v1") or as they are. The same bits as quantize.py.
+// Weights to tiles ("cpu.v1") and scales in one pass, and tiles to canonical planes and back. The same bits as quantize.py and
+// packing.py give.
 //
 // Loops that compilers vectorize, one clone for each instruction set, chosen when the library is loaded.
 #include <cstring>
@@ -115,6 +116,40 @@ FP6_CLONES void tile_of(const uint8_t* codes, int64_t ld, uint8_t* ab, uint8_t* 
   }
 }
 
+// Its inverse.
+FP6_CLONES void codes_of(const uint8_t* ab, const uint8_t* c, uint8_t* codes, int64_t ld) {
+  uint8_t rows[kRows][kTile];
+  for (int i = 0; i < kTile; i++) {
+    rows[0][i] = ab[i] & 63;
+    rows[1][i] = ab[kTile + i] & 63;
+    rows[2][i] = c[i] & 63;
+    rows[3][i] = ab[i] >> 6 | ab[kTile + i] >> 6 << 2 | c[i] >> 6 << 4;
+  }
+  for (int r = 0; r < kRows; r++)
+    for (int l = 0; l < 4; l++)
+      for (int h = 0; h < 2; h++) std::memcpy(codes + r * ld + kHalf * h + 8 * l, rows[r] + 16 * l + 8 * h, 8);
+}
+
+// A row of codes from its planes, and back; `fours` are bytes of w2, four codes each.
+FP6_CLONES void codes_of_planes(const uint8_t* w4, const uint8_t* w2, int64_t fours, uint8_t* codes) {
+  for (int64_t i = 0; i < fours; i++) {
+    const uint8_t a = w4[2 * i], b = w4[2 * i + 1], high = w2[i];
+    codes[4 * i] = (a & 15) | (high << 4 & 48);
+    codes[4 * i + 1] = a >> 4 | (high << 2 & 48);
+    codes[4 * i + 2] = (b & 15) | (high & 48);
+    codes[4 * i + 3] = b >> 4 | (high >> 2 & 48);
+  }
+}
+
+FP6_CLONES void planes_of_codes(const uint8_t* codes, int64_t fours, uint8_t* w4, uint8_t* w2) {
+  for (int64_t i = 0; i < fours; i++) {
+    const uint8_t *c = codes + 4 * i;
+    w4[2 * i] = (c[0] & 15) | c[1] << 4;
+    w4[2 * i + 1] = (c[2] & 15) | c[3] << 4;
+    w2[i] = c[0] >> 4 | c[1] >> 4 << 2 | c[2] >> 4 << 4 | c[3] >> 4 << 6;
+  }
+}
+
 enum Dtype : int { kHalfs, kBf16s, kFloats };
 
 struct Source {
@@ -166,6 +201,30 @@ extern "C" __attribute__((visibility("default"))) void fp6_quantize(const void* 
         const int64_t at = strip * tiles + tile;
         tile_of(codes.get() + tile * kTile, ld, w4 + at * 2 * kTile, w2 + at * kTile);
       }
+    }
+  });
+}
+
+// Canonical planes p4 [n, 2 fours] and p2 [n, fours] of k inputs, to tiles or, if `back`, from tiles.
+extern "C" __attribute__((visibility("default"))) void fp6_repack(int back, int64_t n, int64_t k, uint8_t* p4, uint8_t* p2,
+                                                                  uint8_t* w4, uint8_t* w2) {
+  const int64_t tiles = (k + kTile - 1) / kTile, ld = tiles * kTile, fours = (k + 3) / 4;
+  at::parallel_for(0, (n + kRows - 1) / kRows, 1 + kWorthAThread / (kRows * k), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint8_t[]> codes(new uint8_t[kRows * ld]());
+    for (int64_t strip = begin; strip < end; strip++) {
+      const int64_t row = strip * kRows, rows = row + kRows < n ? kRows : n - row;
+      if (!back) {
+        if (rows < kRows) std::memset(codes.get(), 0, kRows * ld);
+        for (int64_t r = 0; r < rows; r++)
+          codes_of_planes(p4 + (row + r) * 2 * fours, p2 + (row + r) * fours, fours, codes.get() + r * ld);
+      }
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t at = strip * tiles + tile;
+        uint8_t *ab = w4 + at * 2 * kTile, *c = w2 + at * kTile, *of_tile = codes.get() + tile * kTile;
+        back ? codes_of(ab, c, of_tile, ld) : tile_of(of_tile, ld, ab, c);
+      }
+      for (int64_t r = 0; back && r < rows; r++)
+        planes_of_codes(codes.get() + r * ld, fours, p4 + (row + r) * 2 * fours, p2 + (row + r) * fours);
     }
   });
 }

@@ -1,9 +1,10 @@
-"""Weights on a CPU to tiles and scales, in C++: the same bits as quantize.quantize and packing.pack, ten times faster."""
+"""On a CPU, in C++: weights to tiles, and tiles to canonical planes and back; the bits of quantize.py and packing.py."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from fp6_compile.formats import Format
 from fp6_compile.kernels.cpu.build import library
-from fp6_compile.packing import TILE_K, TILE_ROWS
+from fp6_compile.packing import CPU, PLANES, TILE_K, TILE_ROWS
 
 # As numbered in quantize.cpp.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,19 +29,41 @@ def quantize(weight: Tensor, fmt: Format, group_size: int | None) -> tuple[Tenso
         return None
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     group = min(group_size or k, k)
-    strips, tiles = -(-n // TILE_ROWS), -(-k // TILE_K)
-    w4, w2 = (torch.empty(strips, tiles, *shape, dtype=torch.uint8) for shape in ((2, TILE_K), (TILE_K,)))
+    w4, w2 = (torch.empty(shape, dtype=torch.uint8) for shape in _tile_shapes(n, k))
     scale = torch.empty(-(-k // group), n)
-    _function()(
+    _function("fp6_quantize")(
         *(weight.data_ptr(), _DTYPES.index(weight.dtype), weight.stride(0), n, k, group),
         *(fmt.exponent_bits, fmt.mantissa_bits, fmt.max, w4.data_ptr(), w2.data_ptr(), scale.data_ptr()),
     )
     return (w4, w2, scale) if scale.isfinite().all() else None
 
 
+def repack(planes: Sequence[Tensor], source: str, target: str, n: int, k: int) -> tuple[Tensor, Tensor] | None:
+    """Planes of a weight [n, k] in the other of the layouts "planes.v1" and "cpu.v1"; None for other layouts."""
+    plain = all(type(plane) is Tensor and plane.device.type == "cpu" and plane.dtype == torch.uint8 for plane in planes)
+    if {source, target} != {PLANES, CPU} or len(planes) != 2 or not plain or 0 in (n, k) or library() is None:
+        return None
+    shapes = {CPU: _tile_shapes(n, k), PLANES: ((n, -(-k // 4) * 2), (n, -(-k // 4)))}
+    if tuple(tuple(plane.shape) for plane in planes) != shapes[source]:
+        return None
+    given = tuple(plane.contiguous() for plane in planes)
+    made = tuple(torch.empty(shape, dtype=torch.uint8) for shape in shapes[target])
+    canonical, tiles = (given, made) if source == PLANES else (made, given)
+    _function("fp6_repack")(target == PLANES, n, k, *(plane.data_ptr() for plane in (*canonical, *tiles)))
+    return made[0], made[1]
+
+
+def _tile_shapes(n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    strips, tiles = -(-n // TILE_ROWS), -(-k // TILE_K)
+    return (strips, tiles, 2, TILE_K), (strips, tiles, TILE_K)
+
+
+_ARGUMENTS = {"fp6_quantize": "piqqqqiifppp", "fp6_repack": "iqqpppp"}
+
+
 @functools.cache
-def _function() -> Any:
+def _function(name: str) -> Any:
     types = {"i": ctypes.c_int, "p": ctypes.c_void_p, "q": ctypes.c_int64, "f": ctypes.c_float}
-    function = library().fp6_quantize  # type: ignore[union-attr]
-    function.argtypes, function.restype = [types[t] for t in "piqqqqiifppp"], None
+    function = getattr(library(), name)
+    function.argtypes, function.restype = [types[t] for t in _ARGUMENTS[name]], None
     return function
