@@ -1,9 +1,13 @@
 """Scales and codes: error bounds, groups, zero rows, bad weights, and the signal-to-noise table of the design."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch.testing import assert_close
 
+from fp6_compile import PackedTensor
 from fp6_compile.formats import FORMATS
 from fp6_compile.quantize import dequantize, quantize
 
@@ -119,3 +123,29 @@ def test_sqnr_of_synthetic_weights(fmt, distribution):
     samples = [DISTRIBUTIONS[distribution].sample((256, 4096)) for _ in range(4)]
     found = [sum(_sqnr(w, fmt, size) for w in samples) / len(samples) for size in (None, 64)]
     assert found == pytest.approx(SQNR[fmt, distribution], abs=0.3)
+
+
+def _rows_of_the_readme() -> list[tuple[str, int | None, float, float]]:
+    """(format, group size, bits per weight, decibels) of the table of the shipped model."""
+    text = (Path(__file__).parent.parent / "README.md").read_text()
+    rows = re.findall(
+        r"^\| (E\dM\d), (?:groups of (\d+)|per channel) \| ([\d.]+) \|.*\| ([\d.]+) \|$", text, re.MULTILINE
+    )
+    return [(fmt.lower(), int(size) if size else None, float(bits), float(db)) for fmt, size, bits, db in rows]
+
+
+def test_table_of_the_readme():
+    """Bits per weight, scales included, and signal to noise of the shipped code model's linears."""
+    pytest.importorskip("safetensors", reason="safetensors is an optional extra")
+    from examples.code_lm.checkpoint import load_pretrained
+
+    linears = [module.weight.half() for module in load_pretrained().modules() if isinstance(module, torch.nn.Linear)]
+    rows = _rows_of_the_readme()
+    assert {fmt for fmt, *_ in rows} == set(FORMATS)
+    for fmt, group_size, bits, decibels in rows:
+        packed = [PackedTensor.quantize(weight, fmt, group_size) for weight in linears]
+        noise = sum((p.dequantize(torch.float32) - w).square().sum() for p, w in zip(packed, linears, strict=True))
+        signal = sum(w.float().square().sum() for w in linears)
+        assert float(10 * torch.log10(signal / noise)) == pytest.approx(decibels, abs=0.06)
+        used = 8 * sum(p.packed_bytes for p in packed) / sum(w.numel() for w in linears)
+        assert used == pytest.approx(bits, abs=0.006)
