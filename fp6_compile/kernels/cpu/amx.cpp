@@ -94,7 +94,7 @@ struct Operands {
 bool by_group(const Weight& w) { return w.group < w.inputs && !w.fold; }
 
 // All of K with the sums in registers, for activations m0 to m0 + 16 (one) or 32. Decoding runs a tile ahead of multiplying,
-// and overlaps with it: up to 128 activations, decoding anew for each 32 beats keeping sums in memory.
+// and overlaps with it: up to 64 activations, decoding anew for each 32 beats keeping sums in memory.
 template <bool one>
 void all_inputs(const Operands& o, const Decoder& decode, int64_t m0, uint16_t* buffer) {
   const int64_t tiles = o.w.tiles;
@@ -172,6 +172,8 @@ void block(const Operands& o, const Decoder& decode, int64_t begin, int64_t end,
   }
 }
 
+constexpr int64_t kSmall = 1 << 19;  // activations: 1 MiB, half of a second-level cache, to be read again for every 32 rows
+
 void apply_scales(const Operands& o) {
   float scale[kChunk];
   o.scales(0, scale);
@@ -189,7 +191,7 @@ void mm_amx(const Weight& w, const void* x, int64_t m, int64_t first, int64_t la
     return Operands{w, static_cast<const uint16_t*>(x), m, strip, to, sums + (strip - first) * kRows * ld, ld};
   };
   __builtin_memset(sums, 0, (last - first + strips - 1) / strips * kChunk * ld * sizeof(float));
-  if (!by_group(w) && m <= 128) {
+  if (!by_group(w) && (m <= 32 || (m <= 64 && m * w.inputs <= kSmall))) {
     for (int64_t strip = first; strip < last; strip += strips)
       for (int64_t m0 = 0; m0 < m; m0 += 32)
         (m - m0 > 16 ? all_inputs<false> : all_inputs<true>)(operands(strip), decode, m0, buffer);

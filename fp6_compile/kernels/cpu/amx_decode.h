@@ -52,6 +52,7 @@ struct Decoder {
       const Bf16::Codes codes(w.w4_at(strip, tile), w.w4_at(strip, tile) + kTile, w.w2_at(strip, tile));
       const float* scales = w.scales(fold ? tile * kTile / w.group : 0);
       w.prefetch(strip, tile + kAhead / 2);
+      if (fold) w.prefetch_scales(scales + rows[0]);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; r++) {
         __m512i half[2];

@@ -42,6 +42,8 @@ struct Weight {
     __builtin_prefetch(w4_at(strip, tile) + kTile);
     __builtin_prefetch(w2_at(strip, tile));
   }
+  // Asks for the same group's scales 64 rows on: rows of a group are far from the next group's, each on a page of its own.
+  static void prefetch_scales(const float* scales) { __builtin_prefetch(scales + 64); }
   // Rows [row, row + count) alone; row is a multiple of 4. Scales are still `stride` apart.
   Weight from(int64_t row, int64_t count) const {
     Weight part = *this;

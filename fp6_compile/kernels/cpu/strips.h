@@ -24,6 +24,7 @@ inline void rows_by_m(const Weight& w, const typename V::X* x, int64_t strip, in
   int64_t at[R];
   for (int r = 0; r < R; r++) at[r] = strip * kRows + r0 + r < w.n ? strip * kRows + r0 + r : w.n - 1;
   auto flush = [&](typename V::Acc(&acc)[R][M], const float* scales) {
+    w.prefetch_scales(scales + at[0]);
 #pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
       const float s = scales[at[r]];
