@@ -169,7 +169,7 @@ def test_vendor_matmuls_between_ours():
     weight, exact = _weight(64, 256)
     x, w = torch.randn(33, 256).bfloat16(), exact.bfloat16()
     theirs, ours = x @ w.T, weight.mm(x)
-    for _ in range(3):
+    for _ in range(2):
         assert torch.equal(x @ w.T, theirs)
         assert torch.equal(weight.mm(x), ours)
 
@@ -189,7 +189,7 @@ _BUILD = "import torch; from fp6_compile import ops; ops.load(); print(*torch.op
 def test_several_processes_build_at_once(tmp_path):
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     processes = [
-        subprocess.Popen([sys.executable, "-c", _BUILD], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)
+        subprocess.Popen([sys.executable, "-c", _BUILD], env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
     outputs = {process.communicate()[0].strip() for process in processes}
     assert outputs == {" ".join(SUPPORTED)}

@@ -32,7 +32,7 @@ def _expected(words: torch.Tensor, fmt, dtype) -> torch.Tensor:
     """[8, words]: the decoded codes, bias-shifted in FP16, as they are in BF16."""
     w4 = words[:2].view(2, -1, 16, 32).movedim(0, 1)[:, None].contiguous()  # [N/16, K/256 = 1, 2, 16, 32]
     w2 = words[2].view(-1, 1, 16, 32)
-    codes = unpack_codes(w4, w2, fmt, SLABS[dtype], w4.shape[0] * 16, 256)
+    codes = unpack_codes((w4, w2), fmt, SLABS[dtype], w4.shape[0] * 16, 256)
     values = fmt.decode(codes) / (fmt.lift(dtype) if dtype == torch.float16 else 1)
     return values.to(dtype).view(-1, 8, 32).movedim(1, 0).flatten(1)
 

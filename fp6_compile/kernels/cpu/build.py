@@ -109,7 +109,7 @@ def _run_all(objects: dict[str, list[str]], link: list[str], folder: str) -> Non
 
 
 def _key(command_lines: list[list[str]]) -> str:
-    digest = hashlib.sha256(repr((torch.__version__, command_lines)).encode())
+    digest = hashlib.sha256(repr((torch.__version__, command_lines)).replace(str(_SOURCES), "").encode())
     for source in sorted(_SOURCES.glob("*.[ch]*")):
         digest.update(source.name.encode() + source.read_bytes())
     return digest.hexdigest()[:32]

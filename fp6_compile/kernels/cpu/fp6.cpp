@@ -1,19 +1,9 @@
 // The driver: memory, threads, and which rows of the weight are multiplied together. The work is in the paths.
 #include "fp6.h"
+#include "parallel.h"
 
 #include <cstdlib>
 #include <memory>
-
-#ifdef FP6_SERIAL  // the sanitizers' build, without torch
-namespace at {
-template <class F>
-void parallel_for(int64_t begin, int64_t end, int64_t, const F& f) {
-  f(begin, end);
-}
-}  // namespace at
-#else
-#include <ATen/Parallel.h>
-#endif
 
 namespace {
 using namespace fp6;

@@ -1,25 +1,15 @@
-// Weights to tiles ("cpu.v1") and scales in one pass, and tiles to canonical planes and back. The same bits as quantize.py and
-// packing.py give.
+// Weights to tiles ("cpu.v1") and scales in one pass, and tiles to canonical planes and back. The same bits as quantize.py
+// and packing.py give.
 //
 // Loops that compilers vectorize, one clone for each instruction set, chosen when the library is loaded.
-#include <cstring>
 #include <memory>
 
+#include "bits.h"
 #include "fp6.h"
+#include "parallel.h"
 
 #ifdef FP6_X86
 #include <immintrin.h>
-#endif
-
-#ifdef FP6_SERIAL  // the sanitizers' build, without torch
-namespace at {
-template <class F>
-void parallel_for(int64_t begin, int64_t end, int64_t, const F& f) {
-  f(begin, end);
-}
-}  // namespace at
-#else
-#include <ATen/Parallel.h>
 #endif
 
 #if defined(FP6_X86) && defined(__linux__) && !defined(FP6_SERIAL)  // clones are resolved before sanitizers are up
@@ -35,18 +25,6 @@ constexpr int64_t kWorthAThread = 1 << 16;  // weights
 constexpr uint32_t kMagnitude = 0x7FFFFFFF;
 constexpr uint32_t kInfinity = 0x7F800000;
 constexpr float kTiny = 1.17549435e-38f;  // the smallest normal number
-
-inline uint32_t bits_of(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
 
 // An FP16 as a float: its exponent moves up by 112, and a subnormal loses the implicit one that this gives it. Infinities
 // and NaN come out as numbers from 2^16 on.

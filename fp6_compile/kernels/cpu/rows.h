@@ -1,7 +1,6 @@
 // Activations on their way in, results on their way out: rounding, splitting, transposing. Included by each vector path, in
 // its own flags and its own unnamed namespace; what is not written with intrinsics is loops for the compiler to vectorize.
-#include <cstring>
-
+#include "bits.h"
 #include "fp6.h"
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -9,18 +8,6 @@
 
 namespace {
 using namespace fp6;
-
-inline uint32_t bits_of(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return bits;
-}
-
-inline float float_of(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
 
 // Round to nearest, ties to even; NaN stays NaN.
 inline uint16_t bf16_of(float f) {
