@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+TOP = 4.0  # of the vertical axis; what is above is written there
 COLORS = {"fp6": "#d1495b", "int8": "#00798c", "int4": "#8d96a3"}
 
 
@@ -46,15 +47,20 @@ def draw(document: dict[str, Any], target: Path) -> None:
 
 def _panel(panel: Any, rows: list[dict[str, Any]]) -> None:
     linear = {row["m"]: row["ms_p50"] for row in rows if row["provider"].startswith("linear")}
+    above: list[tuple[str, str]] = []
     for name in dict.fromkeys(row["provider"] for row in rows if not row["provider"].startswith("linear")):
         points = [(row["m"], linear[row["m"]] / row["ms_p50"]) for row in rows if row["provider"] == name]
         label = name.removesuffix(" bf16")
-        panel.plot(*zip(*points, strict=True), "o-", markersize=3, label=label, color=COLORS[label.split()[0]])
+        color = COLORS[label.split()[0]]
+        panel.plot(*zip(*points, strict=True), "o-", markersize=3, label=label, color=color)
+        above += [(f"{label}: {ratio:.1f} at M = {m}", color) for m, ratio in points if ratio > TOP]
+    for line, (text, color) in enumerate(above):
+        panel.annotate(text, (0.25, 0.94 - 0.08 * line), xycoords="axes fraction", color=color, fontsize=7)
     panel.axhline(1, color="#555555", linewidth=0.8)
     panel.set_xscale("log", base=2)
     panel.set_xticks(sorted(linear), [str(m) for m in sorted(linear)], fontsize=7)
     panel.minorticks_off()
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, TOP)
     panel.set_xlabel("activations, M")
     panel.spines[["top", "right"]].set_visible(False)
 
