@@ -258,6 +258,8 @@ def test_sanitizers_on_odd_shapes(tmp_path):
 @pytest.mark.parametrize("cpp_wrapper", [False, True])
 def test_a_compiled_linear_is_one_call(cpp_wrapper):
     """In Inductor's Python wrapper one line; in its C++ wrapper a call of the dispatcher, without Python."""
+    if cpp_wrapper and torch.__version__ < "2.13":
+        pytest.skip("its C++ wrapper calls custom operators through Python")
     model = torch.nn.Linear(256, 128).bfloat16().requires_grad_(False)
     x = torch.randn(1, 256).bfloat16()
     compiled = torch.compile(model, backend="fp6", options={"inductor": {"cpp_wrapper": cpp_wrapper}})
