@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-import fp6_compile
 from fp6_compile import PackedTensor, empty_parameters, quantize_
 from tests.support import close, dequantized_
 
