@@ -21,7 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fp6_compile.config import Options
 from fp6_compile.kernels.config import supports
-from fp6_compile.report import LinearReport, Report, progress, publish
+from fp6_compile.report import LinearReport, Report, log_report, progress
 from fp6_compile.storage import Entry, folder_entries, read
 from fp6_compile.tensor import DTYPES, PackedTensor
 
@@ -113,7 +113,7 @@ def quantize_(
         source: a folder of safetensors files, with the names of `model.state_dict()`, that has parameters and buffers.
 
     Returns:
-        What was packed, what was left alone and why; also fp6_compile.last_report().
+        What was packed, what was left alone and why; it is logged, too.
 
     Raises:
         ValueError: a bad option; with `strict`, a linear that cannot be packed; `source` lacks a tensor or has one of
@@ -137,7 +137,7 @@ def quantize_(
         else:
             _keep(place, values.of(place))
     report = Report(tuple(lines), format)
-    publish(report)
+    log_report(report)
     return report
 
 

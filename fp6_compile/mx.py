@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from fp6_compile.formats import FORMATS
 from fp6_compile.model import Place, places
 from fp6_compile.packing import PLANES, pack
-from fp6_compile.report import LinearReport, Report, progress, publish
+from fp6_compile.report import LinearReport, Report, log_report, progress
 from fp6_compile.storage import Entry, folder_entries, read
 from fp6_compile.tensor import PackedTensor
 
@@ -77,7 +77,7 @@ def load_mx(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.d
                 LinearReport(place.title, tuple(packed.shape), packed.dtype, packed.nbytes, packed.packed_bytes)
             )
     report = Report(tuple(lines), "/".join(sorted({plan[0] for plan in plans.values() if plan and plan[0]})))
-    publish(report)
+    log_report(report)
     return report
 
 

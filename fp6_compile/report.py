@@ -7,6 +7,7 @@ One `Report` per compiled graph. A model with graph breaks has several, and a ne
 from __future__ import annotations
 
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -102,8 +103,13 @@ def last_report() -> Report | None:
 
 
 def publish(report: Report) -> None:
-    """Keep and log a report. Says so louder when nothing at all was taken, because then the user got nothing."""
+    """Keep and log the report of a graph."""
     _reports.append(report)
+    log_report(report)
+
+
+def log_report(report: Report) -> None:
+    """Log a report; louder when nothing at all was taken, because then the user got nothing."""
     log.info("%s", report.summary())
     log.debug("%s", report)
     if report.linears and not report.taken:
@@ -119,11 +125,13 @@ def count(event: str) -> None:
 
 def progress(items: Sequence[Item], title: str) -> Iterable[Item]:
     """`items`, with a bar on the terminal where that takes more than two seconds and tqdm is installed."""
+    if not sys.stderr.isatty():  # not even a disabled bar: it takes a lock that forked processes share
+        return items
     try:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=title, disable=None, delay=2, leave=False)
+    return tqdm(items, desc=title, delay=2, leave=False)
 
 
 def forget_reports() -> None:

@@ -18,6 +18,8 @@
 #define FP6_CLONES
 #endif
 
+#define FP6_EXPORT extern "C" __attribute__((visibility("default")))
+
 namespace {
 using namespace fp6;
 
@@ -121,7 +123,7 @@ FP6_CLONES void codes_of_planes(const uint8_t* w4, const uint8_t* w2, int64_t fo
 
 FP6_CLONES void planes_of_codes(const uint8_t* codes, int64_t fours, uint8_t* w4, uint8_t* w2) {
   for (int64_t i = 0; i < fours; i++) {
-    const uint8_t *c = codes + 4 * i;
+    const uint8_t* c = codes + 4 * i;
     w4[2 * i] = (c[0] & 15) | c[1] << 4;
     w4[2 * i + 1] = (c[2] & 15) | c[3] << 4;
     w2[i] = c[0] >> 4 | c[1] >> 4 << 2 | c[2] >> 4 << 4 | c[3] >> 4 << 6;
@@ -149,10 +151,8 @@ struct Source {
 
 // Codes of a weight [n, k] by groups of inputs, in w4 [n/4, k/64, 2, 64] and w2 [n/4, k/64, 64], and scale [groups, n]: NaN
 // for a group that has values which are not finite.
-extern "C" __attribute__((visibility("default"))) void fp6_quantize(const void* weight, int dtype, int64_t stride, int64_t n,
-                                                                    int64_t k, int64_t group, int exponent_bits,
-                                                                    int mantissa_bits, float max, uint8_t* w4, uint8_t* w2,
-                                                                    float* scale) {
+FP6_EXPORT void fp6_quantize(const void* weight, int dtype, int64_t stride, int64_t n, int64_t k, int64_t group,
+                             int exponent_bits, int mantissa_bits, float max, uint8_t* w4, uint8_t* w2, float* scale) {
   const Source source{static_cast<const char*>(weight), dtype, stride};
   const int64_t tiles = (k + kTile - 1) / kTile, ld = tiles * kTile;
   const uint32_t beyond = dtype == kHalfs ? bits_of(65536.0f) : kInfinity;
@@ -184,8 +184,7 @@ extern "C" __attribute__((visibility("default"))) void fp6_quantize(const void* 
 }
 
 // Canonical planes p4 [n, 2 fours] and p2 [n, fours] of k inputs, to tiles or, if `back`, from tiles.
-extern "C" __attribute__((visibility("default"))) void fp6_repack(int back, int64_t n, int64_t k, uint8_t* p4, uint8_t* p2,
-                                                                  uint8_t* w4, uint8_t* w2) {
+FP6_EXPORT void fp6_repack(int back, int64_t n, int64_t k, uint8_t* p4, uint8_t* p2, uint8_t* w4, uint8_t* w2) {
   const int64_t tiles = (k + kTile - 1) / kTile, ld = tiles * kTile, fours = (k + 3) / 4;
   at::parallel_for(0, (n + kRows - 1) / kRows, 1 + kWorthAThread / (kRows * k), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<uint8_t[]> codes(new uint8_t[kRows * ld]());
