@@ -301,7 +301,7 @@ class Planes(nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, x):
-        return torch.ops.fp6.mm(x, self.w4, self.w2, self.scale, *self.how)
+        return torch.ops.fp6.mm(x, (self.w4, self.w2), self.scale, *self.how)
 
 
 def test_planes_of_fp6_mm_are_no_weights(captured):
