@@ -14,6 +14,7 @@
     lowerings  fp6::mm => Inductor template, epilogue fused
     kernels    Triton for GPUs, C++ for CPUs
     backend    all of it behind one name
+    launches   which kernels a compiled graph launches
 
 Packed models as files and objects:
 
