@@ -31,7 +31,10 @@ class Sampling:
 
 
 class State:
-    """What a loop carries, on the device: `token` [B, 1], `position` [1], `chosen` [B, length], and noise for sampling."""
+    """What a loop carries, on the device: `token` [B, 1], `position` [1], `chosen` [B, length], and noise for sampling.
+
+    `length` is one more than a cache needs: the token that is chosen last is read by no step.
+    """
 
     def __init__(self, batch: int, length: int, sampling: Sampling, device: str) -> None:
         def zeros(*shape: int) -> Tensor:

@@ -72,7 +72,7 @@ def fuse(layer: LoRA) -> None:
 
 
 def random_adapter(adapters: list[LoRA], model: nn.Module, seed: int) -> dict[str, Tensor]:
-    """New values for all of `adapters` of `model`, by parameter name: a tenth of a random base weight's size."""
+    """New values for all of `adapters` of `model`, by parameter name: B A x is about as large as W x."""
     wanted = {id(p) for layer in adapters for p in (layer.lora_A, layer.lora_B)}
     found = {name: p for name, p in model.named_parameters() if id(p) in wanted}
     if not found:
@@ -81,6 +81,6 @@ def random_adapter(adapters: list[LoRA], model: nn.Module, seed: int) -> dict[st
 
     def draw(like: Tensor) -> Tensor:
         noise = torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
-        return noise.mul_(0.2 * like.shape[1] ** -0.5)
+        return noise.mul_(0.7 * like.shape[1] ** -0.5)
 
     return {name: draw(p) for name, p in found.items()}

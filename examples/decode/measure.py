@@ -94,9 +94,10 @@ class Bench:
             vars(self).pop(of_last_batch, None)
         torch._dynamo.reset()
         memory.trim(settings.device)
-        length = settings.prompt + settings.tokens + 1
+        # Rounded up, because attention kernels of GPUs want aligned masks. The last token chosen is in no cache.
+        length = -(-(settings.prompt + settings.tokens) // 16) * 16
         forward, self.rewind, self.cache = self._cache(batch, length)
-        self.state = State(batch, length, settings.sampling, settings.device)
+        self.state = State(batch, length + 1, settings.sampling, settings.device)
         prompt = torch.arange(batch * settings.prompt, device=settings.device).view(batch, -1) % 251
         step, prefill = make_step(forward, self.state, settings.steps), make_prefill(forward, self.state)
         start = time.perf_counter()
@@ -144,7 +145,7 @@ class Bench:
         settings, roles = self.settings, breakdown.roles(self.model, self.cache)
         step = self.step
         if settings.device == "cuda":
-            forward, self.rewind, _ = self._cache(self.state.token.shape[0], self.state.chosen.shape[1])
+            forward, self.rewind, _ = self._cache(self.state.token.shape[0], self.state.chosen.shape[1] - 1)
             step = self._compiled(make_step(forward, self.state, settings.steps))
         self._run(1)
         with torch.inference_mode():
