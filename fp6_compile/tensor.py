@@ -141,6 +141,16 @@ class PackedTensor(Tensor):
             planes.put(rows, pack(unpack(block, fmt, spec.layout, rows.stop - rows.start, spec.k), fmt, layout))
         return PackedTensor(planes.tensors, self.scale, spec._replace(layout=layout))
 
+    def move_to(self, planes: Sequence[Tensor], scale: Tensor) -> None:
+        """Read the same weight from `planes` and `scale` from now on, which are rows of larger ones; merging.py says why.
+
+        Scales of groups stay: their rows would not be contiguous, and graphs that are compiled already count on it.
+        """
+        for name, plane in zip(plane_names(get_format(self.spec.format)), planes, strict=True):
+            setattr(self, name, plane.data)  # no view to autograd
+        if len(scale) == 1:
+            self.scale = scale.data.view(-1).view(1, -1)  # with the strides of a scale that lies alone
+
     def mm(self, x: Tensor) -> Tensor:
         """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`. Autocast casts x, as it does for F.linear."""
         if torch.is_autocast_enabled(x.device.type):

@@ -2,7 +2,8 @@
 
 Weights that multiply the same input lie side by side in one set of planes, so that one matmul reads them all (merging.py);
 each still follows its own parameter, in its own rows. A weight that one graph has in such a set and another graph has alone,
-or in another set, is packed for each.
+or in another set, is packed for each. A parameter that is packed already (a PackedTensor) is moved into the set, and has its
+own planes there from then on: it takes no more memory than before.
 
 The parameter stays the user's own, and they may change it after compilation: `copy_`, `load_state_dict`, an optimizer step,
 `p.data = ...`, `module.weight = nn.Parameter(...)`. None of that fails a Dynamo guard, so every call asks each packed weight
@@ -19,6 +20,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,15 +57,23 @@ class PackedWeight:
         with torch.inference_mode(False):  # Inference tensors could not be refreshed outside inference mode.
             self.tensors = self._quantized(parameter)
         self._remember(parameter)
-        count("weights_packed")
+        if not hasattr(parameter, "planes"):
+            count("weights_packed")
 
     def refresh(self, parameter: Tensor) -> None:
         """Quantize `parameter` into the same tensors. If it is refused (NaN), they are left as they were."""
         with torch.inference_mode(False):
             for mine, new in zip(self.tensors, self._quantized(parameter), strict=True):
-                mine.copy_(new)
+                if mine.data_ptr() != new.data_ptr():  # one that was housed here is its own place
+                    mine.copy_(new)
+        self.house(parameter)
         self._remember(parameter)
         count("weights_refreshed")
+
+    def house(self, parameter: Any) -> None:
+        """If `parameter` is packed already, these tensors are its own from now on."""
+        if hasattr(parameter, "planes"):
+            parameter.move_to(self.tensors[:-1], self.tensors[-1])
 
     def is_fresh(self, parameter: Tensor) -> bool:
         """Whether the tensors hold the present values of `parameter`. Runs for every weight of every call: keep it small."""
@@ -87,7 +97,9 @@ class PackedWeight:
         """Whether its parameter is gone, so that a successor may have its buffers."""
         return self._id is None
 
-    def _quantized(self, parameter: Tensor) -> tuple[Tensor, ...]:
+    def _quantized(self, parameter: Any) -> tuple[Tensor, ...]:
+        if hasattr(parameter, "planes"):
+            return *parameter.planes, parameter.scale
         spec, fmt = self.spec, get_format(self.spec.format)
         with torch.no_grad():
             weight = parameter.detach().t() if spec.transposed else parameter.detach()
@@ -122,6 +134,8 @@ class Planes:
         self.tensors = self.weights[0].tensors
         if len(parameters) > 1:
             self._join()
+            for weight, parameter in zip(self.weights, parameters, strict=True):
+                weight.house(parameter)
 
     def belong_to(self, parameters: Sequence[Tensor]) -> bool:
         """Whether they were made from these very parameters, fresh or not."""
