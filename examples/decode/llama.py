@@ -43,9 +43,9 @@ class Attention(nn.Module):
         q, k, v = heads.split([config.heads, config.kv_heads, config.kv_heads], dim=1)
         k = past[0].index_copy_(2, positions, rotate(k, rope))
         v = past[1].index_copy_(2, positions, v)
-        rows = rotate(q, rope).unflatten(1, (config.kv_heads, -1)).flatten(2, 3)
-        y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask)
-        y = y.unflatten(2, (-1, x.shape[1])).flatten(1, 2)
+        rows = rotate(q, rope).reshape(-1, 1, mask.shape[0], config.head_dim)
+        k, v = k.flatten(0, 1).unsqueeze(1), v.flatten(0, 1).unsqueeze(1)
+        y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).view_as(q)
         return self.o(y.transpose(1, 2).flatten(2))
 
 
