@@ -1,8 +1,8 @@
 """Where the time of a token goes: the matmuls by what they are for, attention, and the rest.
 
 An operator or kernel belongs to a linear if one of its inputs has the shape of that linear's weight, or of a tensor that the
-weight is made of; to attention if its name says so, or an input has the shape of the cache. The profiler records the shapes. On a CPU, loops that
-Inductor generated are not among what it sees: they are in the rest.
+weight is made of; to attention if its name says so, or an input has the shape of the cache. The profiler records the shapes.
+On a CPU, loops that Inductor generated are not among what it sees: they are in the rest.
 """
 
 from __future__ import annotations
