@@ -35,7 +35,7 @@ from fp6_compile.checkpoint import load, save
 from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import empty_parameters, quantize_
 from fp6_compile.mx import load_mx
-from fp6_compile.report import LinearReport, Report, last_report, reports
+from fp6_compile.report import LinearReport, Refresh, Report, last_refresh, last_report, reports
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
 
@@ -43,8 +43,10 @@ __all__ = [
     "CheckpointError",
     "LinearReport",
     "PackedTensor",
+    "Refresh",
     "Report",
     "empty_parameters",
+    "last_refresh",
     "last_report",
     "load",
     "load_mx",
