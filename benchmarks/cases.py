@@ -92,8 +92,8 @@ def tile_of(case: Case) -> Config | None:
     return config_for(case.m, case.n, case.k, case.group_size, DTYPES[case.dtype], device)
 
 
-def _planes(fmt: Format) -> dict[str, str]:
-    """Types of the three pointers to planes, the last one's repeated, as run.py passes them."""
+def _planes(fmt: Format) -> dict[str, str | None]:
+    """Types of the three pointers to planes, None for one that the format lacks."""
     types = ["*u8" if width == 1 else "*i16" for width in fmt.planes]
     return dict(zip(("W0", "W1", "W2"), three(types), strict=True))
 
@@ -108,8 +108,10 @@ def compile_case(case: Case) -> Kernel:
     if tile is None:
         raise ValueError(f"{case.name}: the vendor's matmul, no kernel of ours")
     constants = constexprs(tile, get_format(case.format), case.group_size, case.k, use_asm=nvidia)
-    x = f"*{case.dtype}"
-    types = {"X": x, **_planes(get_format(case.format)), "SCALE": "*fp32", "OUT": x, "PARTS": "*fp32", "LOCKS": "*i32"}
+    x, planes = f"*{case.dtype}", _planes(get_format(case.format))
+    constants |= {name: None for name, of in planes.items() if of is None}
+    types = {"X": x, "SCALE": "*fp32", "OUT": x, "PARTS": "*fp32", "LOCKS": "*i32"}
+    types |= {name: of for name, of in planes.items() if of is not None}
     types |= dict.fromkeys(("M", "N", "K", "stride_xm"), "i32")
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     aligned = [name for name in types if name != "M"]

@@ -26,7 +26,7 @@ from torch import SymInt, Tensor
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.config import supports
 from fp6_compile.kernels.cpu.build import load
-from fp6_compile.packing import CPU, inputs_held, rows_per_index, slab_layout, unpack
+from fp6_compile.packing import CPU, PLANES, inputs_held, rows_per_index, slab_layout, unpack
 from fp6_compile.quantize import dequantize as _dequantize
 
 _lib = torch.library.Library("fp6", "DEF")
@@ -99,7 +99,7 @@ def mm_at_first(
     x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
     """`x @ W.T` where no kernel is registered: on a CPU the C++ one is now; by rows elsewhere, and without a compiler."""
-    if x.device.type == "cpu" and layout == CPU and load():
+    if x.device.type == "cpu" and layout in (CPU, PLANES) and load():
         return torch.ops.fp6.mm(x, planes, scale, format, layout, group_size)
     return mm_by_rows(x, planes, scale, format, layout, group_size)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fp6_compile.formats import Format
 from fp6_compile.kernels.config import format_constants
 from fp6_compile.kernels.run import device_of, three, uses_asm
-from fp6_compile.kernels.unpack import lift, load_words, plane_words, unpack
+from fp6_compile.kernels.unpack import lift, plane_words, unpack
 from fp6_compile.slabs import BLOCK_K, ROWS, SLAB
 
 _ROWS = tl.constexpr(ROWS)
@@ -46,12 +46,18 @@ def dequantize_kernel(
     pid_n = tl.program_id(0) // blocks
     kb = tl.program_id(0) % blocks
     row = tl.arange(0, _ROWS)[:, None]
-    first = tl.cast(tl.program_id(0), tl.int64) * _WORDS
     word = row * _SLAB + tl.arange(0, _SLAB)[None, :]
-    w0 = W0 + plane_words(EXPONENT_BITS, MANTISSA_BITS, 0) * first + word
-    w1 = W1 + plane_words(EXPONENT_BITS, MANTISSA_BITS, 1) * first + word
-    w2 = W2 + plane_words(EXPONENT_BITS, MANTISSA_BITS, 2) * first + word
-    words = load_words(w0, w1, w2, _WORDS, EXPONENT_BITS, MANTISSA_BITS)
+    first = tl.cast(tl.program_id(0), tl.int64) * _WORDS
+    C0: tl.constexpr = plane_words(EXPONENT_BITS, MANTISSA_BITS, 0)
+    C1: tl.constexpr = plane_words(EXPONENT_BITS, MANTISSA_BITS, 1)
+    C2: tl.constexpr = plane_words(EXPONENT_BITS, MANTISSA_BITS, 2)
+    words = ()
+    for i in tl.static_range(C0):
+        words += (tl.load(W0 + C0 * first + (word + i * _WORDS)).to(tl.int16),)
+    for i in tl.static_range(C1):
+        words += (tl.load(W1 + C1 * first + (word + i * _WORDS)).to(tl.int16),)
+    for i in tl.static_range(C2):
+        words += (tl.load(W2 + C2 * first + (word + i * _WORDS)).to(tl.int16),)
     w = unpack(words, EXPONENT_BITS, MANTISSA_BITS, BF16, USE_ASM)
     n = pid_n * _ROWS + row
     for j in tl.static_range(_SLABS):

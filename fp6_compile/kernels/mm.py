@@ -27,7 +27,7 @@ import math
 import triton
 import triton.language as tl
 
-from fp6_compile.kernels.unpack import lift, load_words, plane_words, unpack
+from fp6_compile.kernels.unpack import lift, plane_words, unpack
 from fp6_compile.slabs import BLOCK_K, ROWS, SLAB
 
 _ROWS = tl.constexpr(ROWS)
@@ -94,7 +94,7 @@ def accumulate(
     """Tile (pid_n, pid_m) of the product's transpose, over the pid_k-th part of K, scaled: float32 [BLOCK_N, BLOCK_M].
 
     X: [M, K] float16, bfloat16 or float32, rows stride_xm apart, unit stride along K.
-    W0, W1, W2: the planes, in the slab layout of X's dtype (slabs.py); those that the format lacks are not read.
+    W0, W1, W2: the planes, in the slab layout of X's dtype (slabs.py); None for those that the format lacks.
     SCALE: [G, N] float32.
     SPLIT_K: parts of K. JOIN: slabs in a dot; more than one only where a dot must be finished before the next unpack.
     GROUP_SIZE: inputs per scale, a multiple of 32, or 0 for one scale a row. EVEN_K: K is a multiple of 256.
@@ -119,8 +119,11 @@ def accumulate(
     block = (rows_left // _ROWS)[:, None] * blocks * _WORDS
     first = (tl.cast(pid_n, tl.int64) * (BLOCK_N // _ROWS) * blocks + begin) * _WORDS
     w0 = W0 + C0 * first + (C0 * block + word)
-    w1 = W1 + C1 * first + (C1 * block + word)
-    w2 = W2 + C2 * first + (C2 * block + word)
+    w1, w2 = w0, w0
+    if W1 is not None:
+        w1 = W1 + C1 * first + (C1 * block + word)
+    if W2 is not None:
+        w2 = W2 + C2 * first + (C2 * block + word)
     k = tl.arange(0, DOT * _SLAB)[:, None]
     column = tl.arange(0, BLOCK_M)[None, :]
     x = X + tl.cast(pid_m, tl.int64) * BLOCK_M * stride_xm + begin * _BLOCK_K + (column * stride_xm + k)
@@ -130,7 +133,14 @@ def accumulate(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     factor = tl.load(scale)[:, None]
     for kb in range(begin, end):
-        words = load_words(w0, w1, w2, _WORDS, EXPONENT_BITS, MANTISSA_BITS, "evict_first")
+        # Here and not in a function: inlined, its constants come in another order, and ptxas allocates other registers.
+        words = ()
+        for i in tl.static_range(C0):
+            words += (tl.load(w0 + i * _WORDS, eviction_policy="evict_first").to(tl.int16),)
+        for i in tl.static_range(C1):
+            words += (tl.load(w1 + i * _WORDS, eviction_policy="evict_first").to(tl.int16),)
+        for i in tl.static_range(C2):
+            words += (tl.load(w2 + i * _WORDS, eviction_policy="evict_first").to(tl.int16),)
         w = unpack(words, EXPONENT_BITS, MANTISSA_BITS, BF16, USE_ASM)
         for g in tl.static_range(_SLABS // PER_SCALE):
             if GROUP_SIZE > 0:
@@ -147,8 +157,10 @@ def accumulate(
                 part = tl.dot(_side_by_side(w, j, DOT).to(tile.dtype), tile, part, input_precision="ieee")
             acc = acc + part * factor if PARTIAL else part
         w0 += C0 * _WORDS
-        w1 += C1 * _WORDS
-        w2 += C2 * _WORDS
+        if W1 is not None:
+            w1 += C1 * _WORDS
+        if W2 is not None:
+            w2 += C2 * _WORDS
         x += _BLOCK_K
     if not BF16:
         acc *= lift(EXPONENT_BITS, MANTISSA_BITS, False)

@@ -44,9 +44,9 @@ def run(
     return out
 
 
-def three(planes: Sequence[T]) -> list[T]:
-    """A format has one to three planes, a kernel three arguments: the last one again for those that it does not read."""
-    return [*planes, planes[-1], planes[-1]][:3]
+def three(planes: Sequence[T]) -> list[T | None]:
+    """A format has one to three planes, a kernel three arguments for them."""
+    return [*planes, None, None][:3]
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:

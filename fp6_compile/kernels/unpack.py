@@ -147,7 +147,7 @@ def _unpack_slab(
 
 @triton.jit
 def unpack(words, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, BF16: tl.constexpr, USE_ASM: tl.constexpr):
-    """Eight tiles, slabs 0 to 7, of float16 or bfloat16, of the shape of one word's; `words` are `load_words`'s, int16."""
+    """Eight tiles, slabs 0 to 7, of float16 or bfloat16, of the shape of each of `words`, int16."""
     if USE_ASM:
         return tl.inline_asm_elementwise(
             _asm(EXPONENT_BITS, MANTISSA_BITS, BF16),
@@ -174,32 +174,3 @@ def unpack(words, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, BF16
             _unpack_slab(words, EXPONENT_BITS, MANTISSA_BITS, BF16, 6),
             _unpack_slab(words, EXPONENT_BITS, MANTISSA_BITS, BF16, 7),
         )
-
-
-@triton.jit
-def _load(plane, STEP: tl.constexpr, COUNT: tl.constexpr, EVICT: tl.constexpr):
-    """COUNT words of a plane, STEP elements apart; the bytes of a plane of single bits as words."""
-    if COUNT == 0:
-        return ()
-    elif COUNT == 1:
-        return (tl.load(plane, eviction_policy=EVICT).to(tl.int16),)
-    else:
-        return _load(plane, STEP, COUNT // 2, EVICT) + _load(plane + COUNT // 2 * STEP, STEP, COUNT // 2, EVICT)
-
-
-@triton.jit
-def load_words(
-    w0,
-    w1,
-    w2,
-    STEP: tl.constexpr,
-    EXPONENT_BITS: tl.constexpr,
-    MANTISSA_BITS: tl.constexpr,
-    EVICT: tl.constexpr = "",
-):
-    """The words of a block as a tuple, from pointers to its first word in each plane."""
-    return (
-        _load(w0, STEP, plane_words(EXPONENT_BITS, MANTISSA_BITS, 0), EVICT)
-        + _load(w1, STEP, plane_words(EXPONENT_BITS, MANTISSA_BITS, 1), EVICT)
-        + _load(w2, STEP, plane_words(EXPONENT_BITS, MANTISSA_BITS, 2), EVICT)
-    )
