@@ -3,6 +3,7 @@
     formats    E3M2, E2M3: fields, values, bias shift                     <- start here
     quantize   weight -> codes and scales
     packing    codes <-> canonical planes <-> device layout
+    slabs      the device layouts of GPUs
     ops        fp6::dequantize, fp6::mm: what a packed weight means
     config     the options
     linears    which inputs of a graph are weights, and why others are not
