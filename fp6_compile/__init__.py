@@ -16,6 +16,11 @@
     backend    all of it behind one name
     launches   which kernels a compiled graph launches
 
+What it would do, without doing it:
+
+    explanation  explain: a report for people, from tensors without values   <- start here
+    devices      GPUs by name: bandwidths, and what else decides on their code
+
 Packed models as files and objects:
 
     tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
@@ -32,6 +37,7 @@ Triton nor Inductor.
 """
 
 from fp6_compile.checkpoint import load, save
+from fp6_compile.explanation import Explanation, explain
 from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import empty_parameters, quantize_
 from fp6_compile.mx import load_mx
@@ -41,10 +47,12 @@ from fp6_compile.weights import refresh
 
 __all__ = [
     "CheckpointError",
+    "Explanation",
     "LinearReport",
     "PackedTensor",
     "Report",
     "empty_parameters",
+    "explain",
     "last_report",
     "load",
     "load_mx",

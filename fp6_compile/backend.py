@@ -45,7 +45,7 @@ def fp6(
         ValueError: an option is unknown or ill-typed; with `strict`, a linear cannot be taken.
     """
     parsed = Options.parse(mode, options)
-    patches = _inductor_patches(parsed)
+    patches = inductor_patches(parsed)
     lowerings.register()
     packed = PackedGraph(gm, example_inputs, parsed)
     publish(Report(tuple(packed.linears), parsed.format))
@@ -72,7 +72,7 @@ def _reset() -> None:
 fp6.reset = _reset  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
 
 
-def _inductor_patches(options: Options) -> dict[str, Any]:
+def inductor_patches(options: Options) -> dict[str, Any]:
     """Settings of mode and user, and our pass after the passes that the user has set."""
     settings: dict[str, Any] = {}
     for option, mode, given in (("mode", options.mode, {}), ("inductor", None, dict(options.inductor))):

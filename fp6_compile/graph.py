@@ -34,7 +34,7 @@ class PackedGraph:
     """The rewritten graph `gm` of a Dynamo graph, and how its inputs follow from those that Dynamo passes.
 
     `kept` are the positions of Dynamo's inputs that it still has, `taken` the weights whose planes come after them, and
-    `linears` the lines of the report. Raises ValueError, with `strict`, for a linear that cannot be taken.
+    `lines` the lines of the report by position. Raises ValueError, with `strict`, for a linear that cannot be taken.
     """
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
@@ -43,17 +43,25 @@ class PackedGraph:
         self.gm, self._copies = _copy(gm)
         self.kept = list(range(len(example_inputs)))
         self.taken: list[WeightInput] = []
-        self._lines: dict[int, LinearReport] = {}
+        self.lines: dict[int, LinearReport] = {}
         for group in groups(self._candidates(gm)):
             self._take(group)
-        self.linears = [self._lines[position] for position in sorted(self._lines)]
         self.gm.graph.lint()
         self.gm.recompile()
+
+    @property
+    def linears(self) -> list[LinearReport]:
+        """The lines of the report, in order."""
+        return [self.lines[position] for position in sorted(self.lines)]
+
+    def planes(self) -> list[Tensor]:
+        """The planes and scales of all weights that were taken: the last inputs of the new graph."""
+        return [tensor for weight in self.taken for tensor in weight.planes.tensors]
 
     def inputs(self) -> list[Any]:
         """Example inputs of the new graph. Packed ones are fake already: AOTAutograd would give their sizes symbols."""
         tracing = TracingContext.try_get()
-        planes = [tensor for weight in self.taken for tensor in weight.planes.tensors]
+        planes = self.planes()
         if tracing is not None and tracing.fake_mode is not None:
             planes = [tracing.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in planes]
         return [self.example_inputs[position] for position in self.kept] + planes
@@ -63,7 +71,7 @@ class PackedGraph:
             value = self.example_inputs[position]
             packed = getattr(value, "_local_tensor", value)  # a DTensor's
             if isinstance(packed, PackedTensor):
-                self._lines[position] = _packed_already(node, packed)
+                self.lines[position] = _packed_already(node, packed)
                 continue
             weight = find_weight(node)
             if weight is None or not _is_static(node, value):
@@ -85,7 +93,7 @@ class PackedGraph:
         value = candidate.value
         shape = tuple(value.shape[::-1]) if candidate.orientations == [True] else tuple(value.shape)
         line = LinearReport(candidate.names[0], shape, value.dtype, value.nbytes, size, **reason_or_note)
-        self._lines[candidate.position] = line
+        self.lines[candidate.position] = line
 
     def _take(self, group: list[Candidate]) -> None:
         """Pack a group of weights side by side, and put `fp6::dequantize` before every linear that reads them."""
@@ -110,6 +118,9 @@ class PackedGraph:
         options, value = self.options, group[0].value
         layout = layout_for(value.device, value.dtype)
         spec = PackSpec(options.format, options.group_size, options.scale, layout, transposed, value.device)
+        return self._packed(group, spec)
+
+    def _packed(self, group: list[Candidate], spec: PackSpec) -> Planes:
         return packed_planes([c.value for c in group], spec, [c.names[0] for c in group])
 
     def _replace(self, group: list[Candidate], planes: Planes) -> None:
