@@ -12,6 +12,7 @@ text, page, terminal    how it looks
 from __future__ import annotations
 
 import contextlib
+import re
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,7 +141,7 @@ def _explanation(name: str, about: Device, trace: Any, breaks: Sequence[Any], st
         options=options.describe(),
         linears=linears,
         graphs=step.graphs,
-        breaks=tuple(_break(reason) for reason in breaks),
+        breaks=tuple(dict.fromkeys(map(_break, breaks))),
         cuda_graphs=graphs,
         launches=launches,
         traffic=step.traffic,
@@ -183,7 +184,14 @@ def _cuda_graphs(about: Device, trace: Any, broken: bool, unknown: str | None) -
     reasons = [*trace.step.obstacles, *(f"outside the recording: {node}" for node in trace.step.partitions)]
     if broken:
         reasons.append(f"graph breaks: {trace.step.graphs} graphs, and Python between them")
-    return CudaGraphs(not reasons, asked, tuple(dict.fromkeys(_line(reason) for reason in reasons)))
+    return CudaGraphs(not reasons, asked, tuple(dict.fromkeys(map(_reason, reasons))))
+
+
+def _reason(text: str) -> str:
+    """Inductor's words in one line, with the place that it found."""
+    what = _line(text).removeprefix("skipping cudagraphs due to ").partition(" Found from")[0].rstrip(".")
+    places = re.findall(r'File "(.+?)", line (\d+)', text)
+    return f"{what} ({':'.join(places[-1])})" if places else what
 
 
 def _prediction(about: Device, read: int, linears: Sequence[Linear], launches: int, graphs: CudaGraphs) -> Prediction:

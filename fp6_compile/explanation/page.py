@@ -36,14 +36,12 @@ def _head(found: Explanation) -> str:
 
 def _cards(found: Explanation) -> str:
     read, guess = found.traffic, found.prediction
-    about_time = f"{escape(text.times(found))}<br>{escape(text.assumptions(found))}"
+    about_time = f"{'<br>'.join(escape(part(found)) for part in (text.times, text.formula, text.sources))}"
     before, after = (sum(getattr(x, key) for x in found.linears) for key in ("bytes_before", "bytes_after"))
     known = sorted(x.sqnr for x in found.taken if x.sqnr is not None)
     error = ("unknown", "weights without values") if not known else (f"{known[0]:.1f} dB", "SQNR of the worst linear")
     predicted = "unknown" if guess.ms is None else text.time_text(guess.ms)
-    holds = {True: "hold", False: "do not hold", None: "unknown"}[found.cuda_graphs.hold]
     kinds = escape(text.kernels(found).partition(": ")[2] + (f" ({found.note})" if found.note else ""))
-    several = "" if found.graphs == 1 else "s"
     cards = [
         (
             "linears",
@@ -51,8 +49,8 @@ def _cards(found: Explanation) -> str:
             f"taken, {size_text(before)} &rarr; {size_text(after)}",
         ),
         ("error", *error),
-        ("graphs", str(found.graphs), f"graph{several}, {len(found.breaks)} graph breaks"),
-        ("CUDA graphs", holds, escape(text.cuda_graphs(found))),
+        ("graphs", str(found.graphs), text.breaks(found)),
+        ("CUDA graphs", *map(escape, text.cuda_graphs(found))),
         ("kernels a call", str(len(found.launches)) if found.launches is not None else "unknown", kinds),
         ("read a call", size_text(read.total), escape(text.reads(found))),
         ("time a call <b>predicted, not measured</b>", predicted, about_time),
@@ -76,7 +74,7 @@ def _breaks(found: Explanation) -> str:
 
 def _table(found: Explanation) -> str:
     most = max((linear.bytes_before for linear in found.linears), default=1)
-    head = "".join(f"<th>{name}" for name in ("", "linear", "shape", "format", "bytes", "SQNR", "why"))
+    head = "".join(f"<th>{name}" for name in ("", "linear", "shape", "format", "bytes", "SQNR", ""))
     rows = "".join(_row(linear, most) for linear in found.linears)
     return f"<div class=wide><table><thead><tr>{head}</thead><tbody>{rows}</tbody></table></div>"
 
@@ -86,7 +84,7 @@ def _row(linear: Linear, most: int) -> str:
     size = size.replace("-&gt;", "&rarr;")
     filled = min(1.0, max(0.0, (linear.sqnr or 0.0) / _MOST_DB))
     cells: Iterable[str] = (
-        f"<span class={mark}>{mark}</span>",
+        f"<b>{mark}</b>",
         f"<code>{name}</code>",
         shape,
         kind,
@@ -94,7 +92,7 @@ def _row(linear: Linear, most: int) -> str:
         f"{noise}{_bar(filled, filled)}" if linear.taken and linear.sqnr is not None else noise,
         why,
     )
-    return f"<tr>{''.join(_cells(cells))}"
+    return f"<tr class={'taken' if linear.taken else 'left'}>{''.join(_cells(cells))}"
 
 
 def _cells(cells: Iterable[str]) -> Iterator[str]:

@@ -47,7 +47,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Break:
-    """A place where Dynamo ends one graph and begins another: file, line and its text, and Dynamo's reason."""
+    """A line where Dynamo ends a graph and begins another: file, number, text, and Dynamo's reason."""
 
     file: str
     line: int

@@ -30,27 +30,33 @@ def summary(found: Explanation) -> Iterator[tuple[str, str]]:
     """The facts above the table: a name and a sentence each."""
     before, after = (sum(getattr(x, key) for x in found.linears) for key in ("bytes_before", "bytes_after"))
     yield "linears", f"{len(found.taken)} of {len(found.linears)} taken, {size_text(before)} -> {size_text(after)}"
-    yield "graphs", f"{found.graphs}, {len(found.breaks)} graph break{'' if len(found.breaks) == 1 else 's'}"
+    yield "graphs", f"{found.graphs}, {breaks(found)}"
     for stop in found.breaks:
         yield "", f"{stop.file}:{stop.line}: {stop.source}"
         yield "", f"    {stop.reason}"
     if found.stopped:
         yield "stopped", f"tracing needs a value to go on, and what follows is missing here: {found.stopped}"
-    yield "CUDA graphs", cuda_graphs(found)
+    yield "CUDA graphs", ": ".join(cuda_graphs(found))
     yield "kernels", kernels(found)
     if found.note:
         yield "", found.note
     yield "reads", f"{size_text(found.traffic.total)} a call: {reads(found)}"
     yield "time", f"{times(found)} (predicted, not measured)"
-    yield "", assumptions(found)
+    yield "", formula(found)
+    yield "", sources(found)
 
 
-def cuda_graphs(found: Explanation) -> str:
-    """Whether they hold, and if not, why."""
+def breaks(found: Explanation) -> str:
+    """How many graph breaks."""
+    return {0: "no graph breaks", 1: "1 graph break"}.get(len(found.breaks), f"{len(found.breaks)} graph breaks")
+
+
+def cuda_graphs(found: Explanation) -> tuple[str, str]:
+    """Whether they hold, in a word, and why or why not."""
     graphs = found.cuda_graphs
     if graphs.hold:
-        return "hold" if graphs.asked else 'would hold, but are not asked for: mode="reduce-overhead"'
-    return f"{'unknown' if graphs.hold is None else 'do not hold'}: {'; '.join(graphs.reasons)}"
+        return ("hold", "all of the call") if graphs.asked else ("would hold", 'mode="reduce-overhead" asks for them')
+    return "unknown" if graphs.hold is None else "do not hold", "; ".join(graphs.reasons)
 
 
 def kernels(found: Explanation) -> str:
@@ -82,16 +88,17 @@ def time_text(ms: float) -> str:
     return f"{ms:.3g} ms" if ms >= 0.1 else f"{1e3 * ms:.3g} us"
 
 
-def assumptions(found: Explanation) -> str:
-    """What the prediction is made of."""
+def formula(found: Explanation) -> str:
+    """What the prediction is the sum of."""
     guess = found.prediction
-    rate = "unknown bandwidth" if guess.gb_per_s is None else f"{guess.gb_per_s:.4g} GB/s ({guess.source})"
-    launches = (
-        ""
-        if found.launches is None
-        else f" + {len(found.launches)} launches of {guess.launch_us:g} us {guess.launched}"
-    )
-    return f"= bytes / ({guess.share:g} of {rate}){launches}; share and launches are assumed, and arithmetic is free"
+    rate = "an unknown bandwidth" if guess.gb_per_s is None else f"{guess.gb_per_s:.4g} GB/s"
+    launches = f" + {len(found.launches)} launches of {guess.launch_us:g} us {guess.launched}" if found.launches else ""
+    return f"= bytes read / ({guess.share:g} of {rate}){launches}"
+
+
+def sources(found: Explanation) -> str:
+    """Where the prediction's numbers are from."""
+    return f"assumed: share, launch, and that arithmetic is free; bandwidth: {found.prediction.source}"
 
 
 def cells(linear: Linear) -> tuple[str, ...]:

@@ -82,7 +82,7 @@ class Trace:
 
         def run(*args: Any) -> Any:
             self._add(generated, read)
-            for position, line in packed.lines.items():
+            for position, line in sorted(packed.lines.items()):
                 self._find(args[position], line, packed)
             return gm(*args)
 
