@@ -141,7 +141,7 @@ def _explanation(name: str, about: Device, trace: Any, breaks: Sequence[Any], st
         options=options.describe(),
         linears=linears,
         graphs=step.graphs,
-        breaks=tuple(dict.fromkeys(map(_break, breaks))),
+        breaks=_breaks(breaks),
         cuda_graphs=graphs,
         launches=launches,
         traffic=step.traffic,
@@ -165,6 +165,15 @@ def _linear(found: Any) -> Linear:
     if module and note:
         note = note.replace(f"{module}.", "")  # of the linears that it is merged with
     return Linear(name, line.shape, dtype, *how, line.reason, note)
+
+
+def _breaks(reasons: Sequence[Any]) -> tuple[Break, ...]:
+    """One for each line, with the first of its reasons."""
+    found: dict[tuple[str, int], Break] = {}
+    for reason in reasons:
+        stop = _break(reason)
+        found.setdefault((stop.file, stop.line), stop)
+    return tuple(found.values())
 
 
 def _break(reason: Any) -> Break:

@@ -42,7 +42,7 @@ def _cards(found: Explanation) -> str:
     error = ("unknown", "weights without values") if not known else (f"{known[0]:.1f} dB", "SQNR of the worst linear")
     predicted = "unknown" if guess.ms is None else text.time_text(guess.ms)
     kinds = escape(text.kernels(found).partition(": ")[2] + (f" ({found.note})" if found.note else ""))
-    cards = [
+    cards: list[tuple[str, ...]] = [
         (
             "linears",
             f"{len(found.taken)} of {len(found.linears)}",
@@ -58,7 +58,7 @@ def _cards(found: Explanation) -> str:
     return f"<div class=cards>{''.join(map(_card, cards))}</div>"
 
 
-def _card(card: tuple[str, str, str]) -> str:
+def _card(card: tuple[str, ...]) -> str:
     name, value, more = card
     return f"<section><h2>{name}</h2><p class=big>{value}</p><p>{more}</p></section>"
 
@@ -89,7 +89,7 @@ def _row(linear: Linear, most: int) -> str:
         shape,
         kind,
         f"{size}{_bar(linear.bytes_before / most, linear.bytes_after / most)}",
-        f"{noise}{_bar(filled, filled)}" if linear.taken and linear.sqnr is not None else noise,
+        f"{noise}{_bar(1, filled)}" if linear.taken and linear.sqnr is not None else noise,
         why,
     )
     return f"<tr class={'taken' if linear.taken else 'left'}>{''.join(_cells(cells))}"
