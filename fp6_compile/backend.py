@@ -26,6 +26,10 @@ from fp6_compile.passes import FP6Pass
 from fp6_compile.report import Report, forget_reports, publish
 from fp6_compile.weights import forget_weights
 
+# Pointwise kernels that do not depend on each other are one launch: in attention the rotary embeddings of q and k, and the
+# writes of k and v to the cache. Not reductions: with them in it, a kernel's block sizes fit nobody.
+_ON_GPU = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
+
 
 def fp6(
     gm: GraphModule,
@@ -45,7 +49,8 @@ def fp6(
         ValueError: an option is unknown or ill-typed; with `strict`, a linear cannot be taken.
     """
     parsed = Options.parse(mode, options)
-    patches = inductor_patches(parsed)
+    on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in example_inputs)
+    patches = inductor_patches(parsed, on_gpu)
     lowerings.register()
     packed = PackedGraph(gm, example_inputs, parsed)
     publish(Report(tuple(packed.linears), parsed.format))
@@ -72,9 +77,9 @@ def _reset() -> None:
 fp6.reset = _reset  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
 
 
-def inductor_patches(options: Options) -> dict[str, Any]:
-    """Settings of mode and user, and our pass after the passes that the user has set."""
-    settings: dict[str, Any] = {}
+def inductor_patches(options: Options, on_gpu: bool) -> dict[str, Any]:
+    """Our defaults, settings of mode and user, and our pass after the passes that the user has set."""
+    settings: dict[str, Any] = dict(_ON_GPU) if on_gpu else {}
     for option, mode, given in (("mode", options.mode, {}), ("inductor", None, dict(options.inductor))):
         try:
             # torch's own wrapper, because it knows the modes, checks names and types, and prepares CUPTI for CUDA graphs.

@@ -1,12 +1,12 @@
 """Dynamo's graph with packed weights: a copy in which `fp6::dequantize` stands in the place of each weight that is taken.
 
     before   linear = F.linear(x, weight, bias)
-    after    dequantize = fp6.dequantize(w4, w2, scale, ...);  linear = F.linear(x, dequantize, bias)
+    after    dequantize = fp6.dequantize(planes, scale, ...);  linear = F.linear(x, dequantize, bias)
 
     before   q = F.linear(x, wq);  k = F.linear(x, wk)
-    after    w = fp6.dequantize(w4, w2, scale, ...);  q = F.linear(x, w[:n]);  k = F.linear(x, w[n:])
+    after    w = fp6.dequantize(planes, scale, ...);  q = F.linear(x, w[:n]);  k = F.linear(x, w[n:])
 
-w4, w2 and scale are new inputs of the graph, behind all others, marked as static: AOTAutograd and Inductor can then cache
+planes and scale are new inputs of the graph, behind all others, marked as static: AOTAutograd and Inductor can then cache
 the graph, CUDA graphs need not copy them, and their contents can change. A weight that nothing else reads is an input no
 more.
 """
@@ -22,9 +22,10 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from fp6_compile.config import Options
+from fp6_compile.formats import get_format
 from fp6_compile.linears import Weight, find_weight, module_names, refusal
 from fp6_compile.merging import Candidate, groups
-from fp6_compile.packing import layout_for
+from fp6_compile.packing import plane_names
 from fp6_compile.report import LinearReport, count
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import PackSpec, Planes, WeightInput, packed_planes
@@ -45,7 +46,8 @@ class PackedGraph:
         self.taken: list[WeightInput] = []
         self.lines: dict[int, LinearReport] = {}
         for group in groups(self._candidates(gm)):
-            self._take(group)
+            if len(group) > 1 or not group[0].packed:
+                self._take(group)
         self.gm.graph.lint()
         self.gm.recompile()
 
@@ -70,18 +72,19 @@ class PackedGraph:
         for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             value = self.example_inputs[position]
             packed = getattr(value, "_local_tensor", value)  # a DTensor's
+            weight = find_weight(node)
             if isinstance(packed, PackedTensor):
                 self.lines[position] = _packed_already(node, packed)
-                continue
-            weight = find_weight(node)
             if weight is None or not _is_static(node, value):
                 continue
             candidate = Candidate(position, weight, value, module_names(weight))
-            refused = refusal(weight, value, candidate.names, self.options)
-            if refused is None:
-                yield candidate
-            else:
+            if isinstance(packed, PackedTensor):
+                if packed is value and _can_move(candidate):
+                    yield candidate
+            elif refused := refusal(weight, value, candidate.names, self.options):
                 self._refuse(candidate, *refused)
+            else:
+                yield candidate
 
     def _refuse(self, candidate: Candidate, reason: str, excused: bool) -> None:
         if self.options.strict and not excused:
@@ -110,17 +113,19 @@ class PackedGraph:
             self.taken.append(WeightInput([candidate.position for candidate in group], planes))
         for i, candidate in enumerate(group):
             self._drop(candidate)
-            count("linears_taken")
+            if not candidate.packed:
+                count("linears_taken")
             size = sum(tensor.nbytes for planes in packs for tensor in planes.weights[i].tensors)
             self._report(candidate, size, note=_note(candidate, group))
 
     def _pack(self, group: list[Candidate], transposed: bool) -> Planes:
-        options, value = self.options, group[0].value
-        layout = layout_for(value.device, value.dtype)
-        spec = PackSpec(options.format, options.group_size, options.scale, layout, transposed, value.device)
-        return self._packed(group, spec)
+        first = group[0]
+        how = first.packed or self.options
+        device = first.value.device
+        spec = PackSpec(how.format, how.group_size, self.options.scale, first.layout, transposed, device)
+        return self._planes_of(group, spec)
 
-    def _packed(self, group: list[Candidate], spec: PackSpec) -> Planes:
+    def _planes_of(self, group: list[Candidate], spec: PackSpec) -> Planes:
         return packed_planes([c.value for c in group], spec, [c.names[0] for c in group])
 
     def _replace(self, group: list[Candidate], planes: Planes) -> None:
@@ -144,7 +149,7 @@ class PackedGraph:
         name = self._copies[candidate.weight.placeholder].name
         last = graph.find_nodes(op="placeholder")[-1]
         planes: list[Node] = []
-        for plane in ("w4", "w2", "scale"):
+        for plane in (*plane_names(get_format(spec.format)), "scale"):
             with graph.inserting_after(planes[-1] if planes else last):
                 planes.append(graph.placeholder(f"{name}{'t_' if spec.transposed else ''}{plane}"))
             planes[-1]._dynamo_source = None
@@ -152,7 +157,7 @@ class PackedGraph:
         k = candidate.value.shape[0 if spec.transposed else 1]
         with graph.inserting_after(planes[-1]):
             how = (spec.format, spec.layout, spec.group_size, k, candidate.value.dtype)
-            return graph.call_function(torch.ops.fp6.dequantize.default, (*planes, *how))
+            return graph.call_function(torch.ops.fp6.dequantize.default, (planes[:-1], planes[-1], *how))
 
     def _drop(self, candidate: Candidate) -> None:
         """A weight that nothing reads any more is no input any more."""
@@ -164,9 +169,17 @@ class PackedGraph:
 
 def _note(candidate: Candidate, group: list[Candidate]) -> str | None:
     others, readers = [c.names[0] for c in group if c is not candidate], candidate.weight.others
-    notes = [f"merged with {', '.join(others)}"] if others else []
+    notes = ["packed already"] if candidate.packed else []
+    notes += [f"merged with {', '.join(others)}"] if others else []
     notes += [f"{candidate.value.dtype} kept for {', '.join(readers)}"] if readers else []
     return "; ".join(notes) or None
+
+
+def _can_move(candidate: Candidate) -> bool:
+    """Whether a PackedTensor's planes can lie beside others'. Changes of inference tensors could not be noticed."""
+    weight, value = candidate.weight, candidate.value
+    as_linear = candidate.orientations == [False] and not candidate.packed.transposed
+    return as_linear and weight.mutated_by is None and not value.is_inference()
 
 
 def _packed_already(node: Node, weight: PackedTensor) -> LinearReport:

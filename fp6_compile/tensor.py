@@ -125,7 +125,7 @@ class PackedTensor(Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as an ordinary tensor, of its own dtype unless another is given: value times scale, rounded once."""
         how = (self.spec.format, self.spec.layout, self.spec.group_size, self.spec.k, dtype or self.dtype)
-        weight = torch.ops.fp6.dequantize(*self.planes, self.scale, *how)
+        weight = torch.ops.fp6.dequantize(self.planes, self.scale, *how)
         return weight.t() if self.spec.transposed else weight
 
     def repack(self, layout: str) -> PackedTensor:
@@ -141,6 +141,16 @@ class PackedTensor(Tensor):
             planes.put(rows, pack(unpack(block, fmt, spec.layout, rows.stop - rows.start, spec.k), fmt, layout))
         return PackedTensor(planes.tensors, self.scale, spec._replace(layout=layout))
 
+    def move_to(self, planes: Sequence[Tensor], scale: Tensor) -> None:
+        """Read the same weight from `planes` and `scale` from now on, which are rows of larger ones; merging.py says why.
+
+        Scales of groups stay: their rows would not be contiguous, and graphs that are compiled already count on it.
+        """
+        for name, plane in zip(plane_names(get_format(self.spec.format)), planes, strict=True):
+            setattr(self, name, plane.data)  # no view to autograd
+        if len(scale) == 1:
+            self.scale = scale.data.view(-1).view(1, -1)  # with the strides of a scale that lies alone
+
     def mm(self, x: Tensor) -> Tensor:
         """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`. Autocast casts x, as it does for F.linear."""
         if torch.is_autocast_enabled(x.device.type):
@@ -151,7 +161,7 @@ class PackedTensor(Tensor):
             )
         if self.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("fp6: a packed weight cannot be trained: leave requires_grad False")
-        return torch.ops.fp6.mm(x, *self.planes, self.scale, self.spec.format, self.spec.layout, self.spec.group_size)
+        return torch.ops.fp6.mm(x, self.planes, self.scale, self.spec.format, self.spec.layout, self.spec.group_size)
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
         """Stays without: a packed weight is a constant. nn.Parameter and load_state_dict(assign=True) ask for it unasked."""

@@ -2,7 +2,8 @@
 
 Weights that multiply the same input lie side by side in one set of planes, so that one matmul reads them all (merging.py);
 each still follows its own parameter, in its own rows. A weight that one graph has in such a set and another graph has alone,
-or in another set, is packed for each.
+or in another set, is packed for each. A parameter that is packed already (a PackedTensor) is moved into the set, and has its
+own planes there from then on: it takes no more memory than before.
 
 The parameter stays the user's own, and they may change it after compilation: `copy_`, `load_state_dict`, an optimizer step,
 `p.data = ...`, `module.weight = nn.Parameter(...)`. None of that fails a Dynamo guard, so every call asks each packed weight
@@ -18,6 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ class PackSpec:
 
 
 class PackedWeight:
-    """The tensors (w4, w2, scale) of one parameter, and the state of the parameter that they were made from.
+    """The tensors (*planes, scale) of one parameter, and the state of the parameter that they were made from.
 
     The tensors may be rows of larger ones, of `Planes`.
     """
@@ -54,15 +56,23 @@ class PackedWeight:
         with torch.inference_mode(False):  # Inference tensors could not be refreshed outside inference mode.
             self.tensors = self._quantized(parameter)
         self._remember(parameter)
-        count("weights_packed")
+        if not hasattr(parameter, "planes"):
+            count("weights_packed")
 
     def refresh(self, parameter: Tensor) -> None:
         """Quantize `parameter` into the same tensors. If it is refused (NaN), they are left as they were."""
         with torch.inference_mode(False):
             for mine, new in zip(self.tensors, self._quantized(parameter), strict=True):
-                mine.copy_(new)
+                if mine.data_ptr() != new.data_ptr():  # one that was housed here is its own place
+                    mine.copy_(new)
+        self.house(parameter)
         self._remember(parameter)
         count("weights_refreshed")
+
+    def house(self, parameter: Any) -> None:
+        """If `parameter` is packed already, these tensors are its own from now on."""
+        if hasattr(parameter, "planes"):
+            parameter.move_to(self.tensors[:-1], self.tensors[-1])
 
     def is_fresh(self, parameter: Tensor) -> bool:
         """Whether the tensors hold the present values of `parameter`. Runs for every weight of every call: keep it small."""
@@ -86,7 +96,9 @@ class PackedWeight:
         """Whether its parameter is gone, so that a successor may have its buffers."""
         return self._id is None
 
-    def _quantized(self, parameter: Tensor) -> tuple[Tensor, ...]:
+    def _quantized(self, parameter: Any) -> tuple[Tensor, ...]:
+        if hasattr(parameter, "planes"):
+            return *parameter.planes, parameter.scale
         spec, fmt = self.spec, get_format(self.spec.format)
         with torch.no_grad():
             weight = parameter.detach().t() if spec.transposed else parameter.detach()
@@ -110,7 +122,7 @@ class PackedWeight:
 
 
 class Planes:
-    """A set of planes (w4, w2, scale): the packed weights of one or more parameters, side by side along N.
+    """A set of planes and scales: the packed weights of one or more parameters, side by side along N.
 
     Rows of all weights but the last must fill whole indices of the layout (packing.rows_per_index).
     """
@@ -123,6 +135,8 @@ class Planes:
         self.tensors = self.weights[0].tensors
         if len(parameters) > 1:
             self._join()
+            for weight, parameter in zip(self.weights, parameters, strict=True):
+                weight.house(parameter)
 
     def belong_to(self, parameters: Sequence[Tensor]) -> bool:
         """Whether they were made from these very parameters, fresh or not."""
@@ -134,13 +148,14 @@ class Planes:
 
     def _join(self) -> None:
         with torch.inference_mode(False):
+            *planes, _ = self.weights[0].tensors
+            dims = *(0 for _ in planes), 1
             wholes = []
             parts = []
-            for tensors, dim in zip(zip(*(w.tensors for w in self.weights), strict=True), (0, 0, 1), strict=True):
+            for tensors, dim in zip(zip(*(w.tensors for w in self.weights), strict=True), dims, strict=True):
                 wholes.append(torch.cat(tensors, dim))
                 parts.append(wholes[-1].split([tensor.shape[dim] for tensor in tensors], dim))
-        w4, w2, scale = wholes
-        self.tensors = w4, w2, scale
+        self.tensors = tuple(wholes)
         for weight, *rows in zip(self.weights, *parts, strict=True):
             weight.tensors = tuple(rows)
 
@@ -175,7 +190,7 @@ class WeightInput:
         self._use(planes)
 
     def tensors(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """(w4, w2, scale) of the parameters that this call passes among `args`, refreshed if they have changed."""
+        """(*planes, scale) of the parameters that this call passes among `args`, refreshed if they have changed."""
         for weight, position in self._places:
             if not weight.is_fresh(args[position]):
                 self._catch_up([args[position] for position in self.positions])

@@ -218,7 +218,11 @@ def test_packed_and_empty_models():
     packed = _block()
     fp6_compile.quantize_(packed, format="e2m3")
     found = fp6_compile.explain(packed, _x(), device="H200")
-    assert [(x.format, x.sqnr_text, x.note) for x in found.linears] == [("e2m3", "unknown", "packed already")] * 3
+    assert [(x.format, x.sqnr_text) for x in found.linears] == [("e2m3", "unknown")] * 3
+    assert [x.note for x in found.linears] == [
+        *("packed already; merged with up", "packed already; merged with gate", "packed already")
+    ]
+    assert len(found.launches) == 3
     assert type(packed.up.weight) is fp6_compile.PackedTensor
     with fp6_compile.empty_parameters():
         empty = SwiGLU(DIM, 256).bfloat16().requires_grad_(False)

@@ -65,7 +65,7 @@ class Trace:
         self.found: dict[int, Found] = {}
         self.step = Step()
         self._fakes = fakes
-        patches = inductor_patches(options)
+        patches = inductor_patches(options, fakes.device.type == "cuda")
         self.asks_for_cuda_graphs = bool(patches.get("triton.cudagraphs"))
         self._patches = {**patches, "triton.cudagraphs": True}
         self._names: dict[int, list[str]] = {}
@@ -141,11 +141,12 @@ class _ShapedGraph(PackedGraph):
         """The error of a weight in dB; None where its values are not known."""
         if id(fake) not in self._errors:
             real = self._fakes.real(fake)
+            known = real is not None and not real.is_meta and not isinstance(real, PackedTensor)
             with unset_fake_temporarily():
-                self._errors[id(fake)] = None if real is None or real.is_meta else sqnr(real, spec)
+                self._errors[id(fake)] = sqnr(real, spec) if known and real is not None else None
         return self._errors[id(fake)]
 
-    def _packed(self, group: list[Candidate], spec: PackSpec) -> Planes:
+    def _planes_of(self, group: list[Candidate], spec: PackSpec) -> Planes:
         for candidate in group:
             self.specs[candidate.names[0]] = spec
             try:
@@ -158,7 +159,9 @@ class _ShapedGraph(PackedGraph):
 class _Shape(PackedWeight):
     """The packed form of a parameter that has no values."""
 
-    def _quantized(self, parameter: Tensor) -> tuple[Tensor, ...]:
+    def _quantized(self, parameter: Any) -> tuple[Tensor, ...]:
+        if isinstance(parameter, PackedTensor):
+            return super()._quantized(parameter)
         n, k = parameter.shape[::-1] if self.spec.transposed else parameter.shape
         codes = parameter.new_empty(n, k, dtype=torch.uint8)
         groups = -(-k // self.spec.group_size) if self.spec.group_size else 1
@@ -167,6 +170,9 @@ class _Shape(PackedWeight):
 
     def _remember(self, parameter: Tensor) -> None:
         """Nothing: there will be no other values."""
+
+    def house(self, parameter: Any) -> None:
+        """Nothing: it has no memory."""
 
 
 class _Shapes(Planes):
