@@ -68,7 +68,7 @@ def _properties(device: Device) -> types.SimpleNamespace:
     """What `torch.cuda.get_device_properties` would say on it."""
     sm = int(device.arch or 0)
     return types.SimpleNamespace(
-        name=device.name,
+        name=device.reported,
         type="cuda",
         index=0,
         multi_processor_count=device.multiprocessors,
@@ -80,7 +80,7 @@ def _properties(device: Device) -> types.SimpleNamespace:
         max_threads_per_block=1024,
         warp_size=32,
         total_memory=80 << 30,
-        L2_cache_size=device.l2,
+        L2_cache_size=device.l2_mb << 20,
         shared_memory_per_block=48 << 10,
         shared_memory_per_block_optin=device.shared,
         shared_memory_per_multiprocessor=device.shared + 1024,
