@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -328,6 +329,9 @@ def test_bad_arguments():
         fp6_compile.explain(model, x, options={"fromat": "e2m3"})
     with pytest.raises(TypeError, match="missing 1 required positional argument"):
         fp6_compile.explain(model)
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match="explain looks at a copy without values, and copying failed: cannot pickle"):
+        fp6_compile.explain(model, x)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ class Explanation:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How often each kind of kernel is launched: "fp6 matmul", "generated", or the operator's name."""
+        """How often each kind of kernel is launched, by `kind`."""
         return dict(Counter(map(kind, self.launches or ())))
 
     def text(self) -> str:
@@ -151,11 +151,13 @@ class Explanation:
 
 
 def kind(launch: str) -> str:
-    """What a launch is, for people."""
+    """What a launch is, for people: "template matmul", "generated", "attention", "copy", or the operator's name."""
     if launch.startswith("triton_tem_"):
         return "template matmul"
     if launch.startswith(("triton_", "cpp_")):
         return "generated"
+    if "scaled_dot_product" in launch:
+        return "attention"
     if launch.endswith(".copy_"):
         return "copy"
     return launch.removeprefix("extern_kernels.").removeprefix("torch.ops.").removesuffix(".default")
