@@ -41,7 +41,7 @@ from fp6_compile.explanation import Explanation, explain
 from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import empty_parameters, quantize_
 from fp6_compile.mx import load_mx
-from fp6_compile.report import LinearReport, Report, last_report, reports
+from fp6_compile.report import LinearReport, Refresh, Report, last_refresh, last_report, reports
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
 
@@ -50,9 +50,11 @@ __all__ = [
     "Explanation",
     "LinearReport",
     "PackedTensor",
+    "Refresh",
     "Report",
     "empty_parameters",
     "explain",
+    "last_refresh",
     "last_report",
     "load",
     "load_mx",

@@ -23,7 +23,7 @@ from fp6_compile import lowerings
 from fp6_compile.config import Options
 from fp6_compile.graph import PackedGraph
 from fp6_compile.passes import FP6Pass
-from fp6_compile.report import Report, forget_reports, publish
+from fp6_compile.report import Report, forget_reports, publish, publish_refresh
 from fp6_compile.weights import forget_weights
 
 # Pointwise kernels that do not depend on each other are one launch: in attention the rotary embeddings of q and k, and the
@@ -59,6 +59,7 @@ def fp6(
 
     def run(*args: Any) -> Any:
         planes = [tensor for weight in taken for tensor in weight.tensors(args)]
+        publish_refresh()
         inputs = [*(args[position] for position in kept), *planes]
         if torch.is_grad_enabled():
             return compiled(*inputs)

@@ -205,8 +205,8 @@ def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
 
 
 def _is_static(node: Node, value: Any) -> bool:
-    """Whether an input is part of the model rather than of the call, and can be a weight: a vector is none."""
+    """Whether an input is part of the model rather than of the call, and can be a weight: a KV cache is static, and none."""
     static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
-    return (
-        isinstance(value, Tensor) and value.dim() > 1 and (isinstance(value, torch.nn.Parameter) or static is not None)
-    )
+    if isinstance(value, torch.nn.Parameter):
+        return value.dim() > 1
+    return isinstance(value, Tensor) and static is not None and value.dim() == 2

@@ -67,7 +67,8 @@ def _key(candidate: Candidate) -> Hashable:
     x = input_of(candidate.weight) if len(matmuls) == 1 and not both else None
     if x is None:
         return candidate.position
-    value, module = candidate.value, candidate.names[0].rpartition(".")[0]
+    # PEFT puts a linear into a module of its own, beside its adapter.
+    value, module = candidate.value, candidate.names[0].removesuffix(".base_layer").rpartition(".")[0]
     # By the same function, so that it becomes the same views of x in every linear.
     k, how = value.shape[0 if transposed else 1], (value.dtype, value.device, candidate.packed)
     return x, matmuls[0].target, module, transposed, k, *how

@@ -192,8 +192,10 @@ class PackedTensor(Tensor):
         return dispatch.call(func, args, kwargs or {})
 
     def _stable_hash_for_caching(self) -> str:
-        """What AOTAutograd's cache must know of it beside the metadata of its tensors."""
-        return repr(self.spec)
+        """What AOTAutograd's cache must know of it beside the metadata of its tensors: also what the graph makes of it."""
+        from fp6_compile.passes import source_hash  # imports Inductor, which is imported where it caches
+
+        return f"{self.spec} {source_hash().hex()}"
 
     def __repr__(self) -> str:  # type: ignore[override]
         spec, group = self.spec, f", group_size={self.spec.group_size}" if self.spec.group_size else ""

@@ -16,6 +16,7 @@ One kind of change leaves no trace in PyTorch: writing in place through `.data`,
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fp6_compile.formats import get_format
 from fp6_compile.packing import pack
 from fp6_compile.quantize import quantize
-from fp6_compile.report import count
+from fp6_compile.report import count, refreshed
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,11 @@ class WeightInput:
             self._use(packed_planes(parameters, planes.spec, [w.name for w in planes.weights], planes))
         for weight, parameter in zip(self.planes.weights, parameters, strict=True):
             if not weight.is_fresh(parameter):
+                start = time.perf_counter()
                 weight.refresh(parameter)
+                if parameter.is_cuda:
+                    torch.cuda.synchronize(parameter.device)
+                refreshed(weight.name, time.perf_counter() - start)
 
 
 def refresh(model: torch.nn.Module) -> None:
