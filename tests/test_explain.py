@@ -45,7 +45,7 @@ SwiGLU, backend fp6 (e3m2, mode='reduce-overhead'), on H200: nothing was run
 linears       3 of 3 taken, 197 KB -> 125 KB
 graphs        1, no graph breaks
 CUDA graphs   hold: all of the call
-kernels       3 a call: 2 template matmul, 1 generated
+kernels       3 a call: 1 generated, 2 template matmul
 reads         126 KB a call: 125 KB packed weights, 512 B other weights, 256 B inputs and KV cache
 time          6.03 us a call; with 16-bit weights 6.05 us, 1.00x (predicted, not measured)
               = bytes read / (0.9 of 4800 GB/s) + 3 launches of 2 us in a CUDA graph

@@ -96,7 +96,7 @@ LlamaForCausalLM, backend fp6 (e3m2, mode='reduce-overhead'), on H200: nothing w
 linears       15 of 15 taken, 721 KB -> 502 KB
 graphs        1, no graph breaks
 CUDA graphs   hold: all of the call
-kernels       ?? a call: ?? generated, 9 template matmul, 2 attention
+kernels       ?? a call: 2 attention, ?? generated, 9 template matmul
 reads         503 KB a call: 502 KB packed weights, 1.6 KB other weights, 8 B inputs and KV cache
 time ...
               = bytes read / (0.9 of 4800 GB/s) + ?? launches of 2 us in a CUDA graph
@@ -130,7 +130,7 @@ BartForConditionalGeneration, backend fp6 (e3m2, mode='reduce-overhead'), on H20
 linears       17 of 17 taken, 721 KB -> 502 KB
 graphs        1, no graph breaks
 CUDA graphs   hold: all of the call
-kernels       ?? a call: ?? generated, 12 template matmul, 3 attention
+kernels       ?? a call: 3 attention, ?? generated, 12 template matmul
 reads         511 KB a call: 502 KB packed weights, 9.73 KB other weights, 8 B inputs and KV cache
 time ...
               = bytes read / (0.9 of 4800 GB/s) + ?? launches of 2 us in a CUDA graph

@@ -63,7 +63,7 @@ def kernels(found: Explanation) -> str:
     """How many a call launches, by kind."""
     if found.launches is None:
         return f"unknown: {found.unknown}"
-    kinds = sorted(found.kinds.items(), key=lambda item: -item[1])
+    kinds = sorted(found.kinds.items())
     return f"{len(found.launches)} a call: {', '.join(f'{count} {kind}' for kind, count in kinds)}"
 
 
