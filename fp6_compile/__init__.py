@@ -17,6 +17,11 @@
     backend    all of it behind one name
     launches   which kernels a compiled graph launches
 
+What it would do, without doing it:
+
+    explanation  explain: a report for people, from tensors without values   <- start here
+    devices      GPUs by name: bandwidths, and what else decides on their code
+
 Packed models as files and objects:
 
     tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
@@ -33,6 +38,7 @@ Triton nor Inductor.
 """
 
 from fp6_compile.checkpoint import load, save
+from fp6_compile.explanation import Explanation, explain
 from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import empty_parameters, quantize_
 from fp6_compile.mx import load_mx
@@ -42,11 +48,13 @@ from fp6_compile.weights import refresh
 
 __all__ = [
     "CheckpointError",
+    "Explanation",
     "LinearReport",
     "PackedTensor",
     "Refresh",
     "Report",
     "empty_parameters",
+    "explain",
     "last_refresh",
     "last_report",
     "load",

@@ -1,6 +1,7 @@
 """`fp6-compile`: model folders from the command line.
 
     fp6-compile quantize SRC DST    a transformers folder, or one that AMD Quark made, to a packed folder
+    fp6-compile explain DIR         what torch.compile would make of a token, on any GPU, without running it
     fp6-compile inspect DIR         what a packed folder holds
     fp6-compile verify DIR          every byte as it was written; with --against SRC, every code the nearest to SRC's weight
 
@@ -20,8 +21,9 @@ from torch import Tensor, nn
 
 import fp6_compile
 from fp6_compile.checkpoint import save
+from fp6_compile.explanation.token import one_token
 from fp6_compile.formats import FORMATS, get_format
-from fp6_compile.manifest import CheckpointError, Manifest, Weight
+from fp6_compile.manifest import INDEX, CheckpointError, Manifest, Weight
 from fp6_compile.model import empty_parameters, quantize_
 from fp6_compile.mx import is_mx, load_mx
 from fp6_compile.packing import PLANES, unpack
@@ -94,6 +96,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", default="cpu", help="where to quantize; default: cpu")
     command.set_defaults(run=quantize)
 
+    command = commands.add_parser("explain", help="what compiling would do", description=explain.__doc__)
+    command.add_argument("folder", metavar="DIR", type=Path, help="a transformers folder, packed or not")
+    command.add_argument("--device", metavar="NAME", help='"H200", "RTX 4090", ...; default: this machine\'s CPU')
+    command.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of KV cache; default: 1024")
+    command.add_argument("--html", metavar="FILE", type=Path, help="write a page, too")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.set_defaults(run=explain)
+
     command = commands.add_parser("inspect", help="what a packed folder holds", description=inspect.__doc__)
     command.add_argument("folder", metavar="DIR", type=Path)
     command.set_defaults(run=inspect)
@@ -160,6 +170,20 @@ def _empty_model(folder: Path, dtype: str) -> nn.Module:
         finally:
             torch.set_default_dtype(before)
     return model.eval()
+
+
+def explain(arguments: argparse.Namespace) -> int:
+    """Explain one decoded token: linears, graph breaks, CUDA graphs, kernels, predicted time. Reads no 16-bit weights."""
+    model = _empty_model(arguments.folder, "auto")
+    if (arguments.folder / INDEX).is_file():
+        fp6_compile.load(model, arguments.folder)
+    with torch.no_grad():
+        call = one_token(model, arguments.context)
+        found = fp6_compile.explain(model, device=arguments.device, mode="reduce-overhead", **call)
+    print(found.json() if arguments.json else found)
+    if arguments.html:
+        arguments.html.write_text(found.html(), encoding="utf-8")
+    return 0
 
 
 def inspect(arguments: argparse.Namespace) -> int:
