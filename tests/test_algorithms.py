@@ -3,7 +3,24 @@
 import pytest
 import torch
 
-from fp6_compile.algorithms import GPTQ, RTN, Clip, Statistics, Weighted, output_error
+from fp6_compile.algorithms import (
+    GPTQ,
+    RTN,
+    Asymmetric,
+    BiasCorrection,
+    Clip,
+    Integer,
+    LearnedRounding,
+    LoRC,
+    Power,
+    PowerOfTwo,
+    Search,
+    Statistics,
+    Weighted,
+    nupes,
+    output_error,
+)
+from fp6_compile.algorithms.rounding import neighbours
 from fp6_compile.formats import Format
 from fp6_compile.quantize import dequantize, quantize
 
@@ -153,3 +170,144 @@ def test_bad_weights_are_named(algorithm):
         algorithm(bad, E3M2, None, stats)
     with pytest.raises(ValueError, match="group_size: got 0"):
         algorithm(torch.ones(4, 8), E3M2, 0, stats)
+
+
+def test_lorc_at_full_rank_is_exact_to_the_factors_rounding():
+    """Float32 factors leave float32's rounding; FP16 factors leave at most 2^-11 of each, and the sums' own."""
+    for shape in ((48, 80), (80, 48)):
+        w = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 16
+        error = (RTN()(w, E2M1, None).dequantize() - w).norm()
+        assert (LoRC(rank=48)(w, E2M1, None).effective() - w).norm() < 1e-5 * error
+        half = LoRC(rank=1000)(w.half(), E2M1, None)
+        assert [factor.dtype for factor in half.low_rank] == [torch.float16] * 2
+        assert (half.effective() - w.half().float()).norm() < 2**-9 * error
+
+
+def test_lorc_is_the_best_of_its_rank():
+    """Eckart and Young: what is left is the norm of the singular values beyond the rank."""
+    w, x = _layer(1)
+    plain = w - RTN()(w, E2M1, 32).dequantize()
+    left = w - LoRC(rank=5)(w, E2M1, 32).effective()
+    assert left.norm() == pytest.approx(float(torch.linalg.svdvals(plain)[5:].norm()), rel=1e-5)
+    stats = Statistics.of(x)
+    errors = [
+        output_error(w, LoRC(rank=5, weighted=weighted)(w, E2M1, 32, stats).effective(), stats).sum()
+        for weighted in (False, True)
+    ]
+    assert errors[1] < errors[0]
+
+
+@formats
+def test_bias_correction_makes_the_mean_error_zero(fmt):
+    w, x = _layer(2)
+    found = BiasCorrection(GPTQ())(w, fmt, 32, Statistics.of(x, hessian=True))
+    error = x.double() @ (found.effective().double() - w.double()).T
+    before, after = error.mean(0).abs(), (error + found.shift.double()).mean(0).abs()
+    assert (after <= before * 2**-20 + 1e-9).all()
+    assert before.max() > 1e-3
+
+
+@formats
+def test_learned_rounding_never_loses_to_nearest(fmt):
+    for seed in range(2):
+        w, x = _layer(seed)
+        stats = Statistics.of(x, hessian=True)
+        nearest, learned = (a(w, fmt, 32, stats) for a in (RTN(), LearnedRounding(steps=100)))
+        lost, found = (_error(w, q.dequantize(), x) for q in (nearest, learned))
+        assert (found <= lost * (1 + 1e-5)).all()
+        assert found.sum() < 0.7 * lost.sum(), "and it is of use"
+        between = (learned.dequantize() - w).abs() <= 2 * (nearest.dequantize() - w).abs().amax()
+        assert between.all()
+
+
+@pytest.mark.parametrize("grid", [E3M2, E2M1, Integer(4), Integer(4, halves=True), Power(4, 0.5)], ids=lambda g: g.name)
+def test_neighbours_are_next_to_each_other(grid):
+    values = torch.linspace(-1.3, 1.3, 997) * grid.max
+    numbers = torch.tensor(
+        sorted({float(v) for v in grid.decode(torch.arange(2**grid.bits, dtype=torch.uint8)) if abs(v) <= grid.max})
+    )
+    down, up = (grid.decode(codes) for codes in neighbours(values, grid))
+    inside = values.abs() <= grid.max
+    assert (down[inside] <= values[inside]).all()
+    assert (up[inside] >= values[inside]).all()
+    assert not ((numbers > down[:, None]) & (numbers < up[:, None])).any()
+    assert torch.equal(down[~inside], grid.max * values[~inside].sign())
+
+
+def test_scales_are_powers_of_two():
+    w, _ = _layer(3)
+    plain = RTN()(w, E3M2, 32).scale
+    m1, m2 = PowerOfTwo()(w, E3M2, 32).scale, PowerOfTwo(relative=True)(w, E3M2, 32).scale
+    assert (torch.frexp(m1).mantissa == 0.5).all()
+    assert ((m1 >= plain) & (m1 < 2 * plain)).all()
+    ratio = plain.amax(0) / m2
+    assert (torch.frexp(ratio).mantissa == 0.5).all()
+    assert ((m2 <= plain) & (m2 > plain / 2)).all()
+    assert torch.equal(PowerOfTwo(PowerOfTwo())(w, E3M2, 32).scale, m1), "powers of two stay"
+    found = GPTQ(PowerOfTwo())(w, E3M2, 32, Statistics.of(torch.randn(50, 80), hessian=True))
+    assert torch.equal(found.scale, m1)
+
+
+def test_search_finds_the_format_with_the_least_error():
+    heavy = torch.distributions.StudentT(2.0).sample((8, 512))
+    flat = torch.rand(8, 512) - 0.5
+    assert [Search(RTN())(w, E3M2, None).grid.name for w in (heavy, flat)] == ["e3m2", "e2m3"]
+    w, x = _layer(0)
+    stats = Statistics.of(x, hessian=True)
+    errors = {f.name: _error(w, GPTQ()(w, f, None, stats).dequantize(), x).sum() for f in (E3M2, E2M3)}
+    found = Search(GPTQ())(w, E3M2, None, stats)
+    assert found.grid.name == min(errors, key=lambda name: errors[name])
+    assert Search(RTN(), (Integer(4), E2M1))(flat, E3M2, None).grid == Integer(4)
+
+
+def test_nupes_finds_a_power_below_one_for_bell_shapes():
+    bell, flat = torch.randn(16, 512), torch.rand(16, 512) - 0.5
+    assert nupes(4, RTN())(bell, E2M1, None).grid.exponent < 0.8
+    assert nupes(4, RTN())(flat, E2M1, None).grid.exponent > 0.9
+
+
+def test_integers():
+    grid = Integer(4)
+    assert (grid.max, Integer(8).max) == (7, 127)
+    values = torch.tensor([-9.0, -7.0, -0.5, 0.0, 0.4, 1.5, 2.5, 100.0])
+    assert grid.decode(grid.encode(values)).tolist() == [-7, -7, 0, 0, 0, 2, 2, 7]
+    codes = torch.arange(1, 16, dtype=torch.uint8)
+    assert torch.equal(grid.encode(grid.decode(codes)), codes)
+    half = Integer(4, halves=True)
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert half.decode(codes).tolist() == [i - 7.5 for i in range(16)]
+    assert torch.equal(half.encode(half.decode(codes)), codes)
+    assert half.decode(half.encode(torch.tensor([-99.0, 99.0]))).tolist() == [-7.5, 7.5]
+
+
+def test_a_power_of_one_is_integers():
+    values = torch.randn(1000).clamp(-1, 1)
+    power, integer = Power(5, 1.0), Integer(5)
+    torch.testing.assert_close(power.decode(power.encode(values)) * 15, integer.decode(integer.encode(values * 15)))
+    codes = torch.arange(31, dtype=torch.uint8)
+    for exponent in (0.3, 0.5, 0.75):
+        assert torch.equal(Power(5, exponent).encode(Power(5, exponent).decode(codes)), codes)
+
+
+@groups
+def test_zero_points(group_size):
+    """Every weight is within half a step of its group's range, whose ends are hit; GPTQ works on top."""
+    w, x = _layer(4)
+    w += 0.3
+    found = Asymmetric()(w, Integer(4, halves=True), group_size)
+    for begin in range(0, 80, group_size or 80):
+        part = w[:, begin : begin + (group_size or 80)]
+        error = (found.dequantize()[:, begin : begin + (group_size or 80)] - part).abs().amax(1)
+        assert (error <= (part.amax(1) - part.amin(1)) / 15 / 2 * 1.0001).all()
+    assert found.bytes == 48 * 80 // 2 + 8 * found.scale.numel()
+    stats = Statistics.of(x, hessian=True)
+    fed_back = GPTQ(Asymmetric())(w, Integer(4, halves=True), group_size, stats)
+    assert _error(w, fed_back.dequantize(), x).sum() < 0.7 * _error(w, found.dequantize(), x).sum()
+
+
+def test_fp8_is_a_format():
+    """As torch's float8, up to its largest number; ours has no NaN and goes one step further."""
+    values = torch.randn(4096) * torch.logspace(-3, 2, 4096)
+    for fmt, dtype in ((Format("e4m3", 4, 3), torch.float8_e4m3fn), (Format("e5m2", 5, 2), torch.float8_e5m2)):
+        kept = values[values.abs() < torch.finfo(dtype).max]
+        assert torch.equal(fmt.decode(fmt.encode(kept)), kept.to(dtype).float())

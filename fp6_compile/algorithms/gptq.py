@@ -11,19 +11,17 @@ GPTQ is greedy. A row whose output error on the calibration set it does not lowe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from fp6_compile.algorithms.interface import Algorithm, Needs, Quantized, output_error
+from fp6_compile.algorithms.interface import Algorithm, Needs, Quantized, better_rows, row_blocks
 from fp6_compile.algorithms.rtn import RTN
 from fp6_compile.algorithms.statistics import Statistics
 from fp6_compile.quantize import Grid
 
 _BLOCK = 32  # inputs that are updated one by one; what is beyond them, at once
-_ROWS = 2048  # outputs worked on together: what bounds the memory of a large head
 
 
 @dataclass(frozen=True)
@@ -54,12 +52,12 @@ class GPTQ:
             columns = hessian.diagonal().argsort(descending=True, stable=True)
         factor = inverse_factor(hessian[columns][:, columns], self.damping)
         codes = torch.empty_like(start.codes)
-        for rows in _row_blocks(len(weight)):
+        for rows in row_blocks(len(weight)):
             w = weight[rows].to(factor.dtype)[:, columns].T.contiguous()
             if start.offset is not None:
                 w -= start.offset[_groups(columns, group_size)][:, rows]
             codes[rows, columns] = _feed_back(w, start.scale[_groups(columns, group_size)][:, rows], factor, grid).T
-        return _better(weight, start, replace(start, codes=codes), stats)
+        return better_rows(weight, start, replace(start, codes=codes), stats)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -96,18 +94,5 @@ def _feed_back(w: Tensor, scale: Tensor, factor: Tensor, grid: Grid) -> Tensor:
     return codes
 
 
-def _better(weight: Tensor, start: Quantized, fed_back: Quantized, stats: Statistics) -> Quantized:
-    """Of each row, the codes with less output error."""
-    codes = fed_back.codes
-    for rows in _row_blocks(len(weight)):
-        error = [output_error(weight[rows].float(), q.rows(rows).dequantize(), stats) for q in (start, fed_back)]
-        codes[rows] = torch.where((error[1] < error[0])[:, None], codes[rows], start.codes[rows])
-    return fed_back
-
-
 def _groups(columns: Tensor, group_size: int | None) -> Tensor:
     return columns // group_size if group_size else torch.zeros_like(columns)
-
-
-def _row_blocks(n: int) -> Iterator[slice]:
-    return (slice(i, i + _ROWS) for i in range(0, n, _ROWS))

@@ -8,7 +8,8 @@ Every algorithm works without statistics too, as well as it can: that is what a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Protocol
 
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from fp6_compile.algorithms.statistics import Statistics
 from fp6_compile.quantize import Grid, dequantize
+
+_ROWS = 2048  # outputs worked on together: what bounds the memory of a large head
 
 
 class Needs(IntEnum):
@@ -98,3 +101,18 @@ def output_error(weight: Tensor, approximation: Tensor, stats: Statistics | None
         hessian = stats.hessian
         return ((error.to(hessian.dtype) @ hessian) * error).sum(1)
     return error.square() @ stats.second_moment.float()
+
+
+def better_rows(weight: Tensor, start: Quantized, other: Quantized, stats: Statistics) -> Quantized:
+    """`start`, with the codes of `other` in the rows where those have less output error; both have the same scales."""
+    codes = start.codes.clone()
+    for rows in row_blocks(len(weight)):
+        w = weight[rows].float()
+        before, after = (output_error(w, q.rows(rows).dequantize(), stats) for q in (start, other))
+        codes[rows] = torch.where((after < before)[:, None], other.codes[rows], codes[rows])
+    return replace(start, codes=codes)
+
+
+def row_blocks(n: int) -> Iterator[slice]:
+    """Slices of n rows, few enough to work on in float32."""
+    return (slice(i, i + _ROWS) for i in range(0, n, _ROWS))
