@@ -19,6 +19,7 @@
 Packed models as files and objects:
 
     tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
+    lowrank     what quantization may add to a linear: low-rank factors, a bias
     dispatch    what such a weight can do beside multiplying
     storage     safetensors folders, one tensor at a time
     model       quantize_: a model's linears in place, one by one

@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fp6_compile.config import Options
 from fp6_compile.kernels.config import supports
+from fp6_compile.lowrank import has_plain_forward
 from fp6_compile.report import LinearReport, Report, log_report, progress
 from fp6_compile.storage import Entry, folder_entries, read
 from fp6_compile.tensor import DTYPES, PackedTensor
@@ -205,7 +206,7 @@ def refusal(place: Place, options: Options, device: torch.device | None) -> tupl
 
 
 def _is_plain_linear(module: nn.Module, attribute: str) -> bool:
-    return isinstance(module, nn.Linear) and attribute == "weight" and type(module).forward is nn.Linear.forward
+    return attribute == "weight" and has_plain_forward(module)
 
 
 def check_strictly(weights: list[Place], refusals: Mapping[int, tuple[str, bool] | None], values: Values) -> None:

@@ -8,9 +8,10 @@ from torch import nn
 
 import fp6_compile
 from fp6_compile import PackedTensor, calibrate_, quantize_
-from fp6_compile.algorithms import GPTQ, RTN, Clip, Statistics, Weighted
+from fp6_compile.algorithms import GPTQ, RTN, BiasCorrection, Clip, LoRC, Statistics, Weighted
 from fp6_compile.formats import FORMATS, Format
-from tests.support import SwiGLU
+from fp6_compile.lowrank import LowRankLinear
+from tests.support import SwiGLU, close
 
 DIM = 128
 
@@ -177,3 +178,52 @@ def test_a_transformers_decoder():
     with torch.no_grad():
         assert model(tokens).logits.isfinite().all()
     assert fp6_compile.PackedTensor in {type(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+
+
+@pytest.fixture(scope="module")
+def with_extras() -> Tower:
+    model = _tower()
+    calibrate_(model, INPUTS, algorithm=BiasCorrection(LoRC(GPTQ(), rank=4)), format="e2m3", group_size=64)
+    return model
+
+
+def test_extras_are_of_use_and_are_parameters(with_extras):
+    names = dict(with_extras.named_parameters())
+    assert names["blocks.0.up.low_rank_a"].shape == (DIM, 4)
+    assert names["blocks.0.up.low_rank_b"].shape == (4, 2 * DIM)
+    assert names["head.bias"].dtype == torch.float16
+    original, x = _tower(), INPUTS[2]
+    bare = copy.deepcopy(with_extras)
+    for module in bare.modules():
+        if isinstance(module, LowRankLinear):
+            module.low_rank_a.zero_()
+    with torch.no_grad():
+        errors = [(m(x) - original(x)).float().norm() for m in (with_extras, bare)]
+    assert errors[0] < errors[1]
+    report = quantize_(with_extras)
+    assert {line.note for line in report.linears} == {"packed already"}
+    assert len(report.taken) == 8
+
+
+def test_extras_are_saved_and_loaded(with_extras, tmp_path):
+    pytest.importorskip("safetensors", reason="safetensors is an optional extra")
+    fp6_compile.save(with_extras, tmp_path)
+    with torch.device("meta"):
+        model = Tower().half()
+    fp6_compile.load(model, tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model(INPUTS[0]), with_extras(INPUTS[0]))
+    assert model.state_dict().keys() == with_extras.state_dict().keys()
+    fp6_compile.load(model, tmp_path)
+    other = nn.Sequential(nn.Linear(DIM, DIM))
+    with pytest.raises(fp6_compile.CheckpointError, match="not of this model"):
+        fp6_compile.load(other, tmp_path)
+    assert type(other[0]) is nn.Linear
+
+
+def test_extras_compile_without_graph_breaks(with_extras, captured):
+    compiled = torch.compile(with_extras, backend="fp6", fullgraph=True)
+    with torch.no_grad():
+        close(compiled(INPUTS[0]), with_extras(INPUTS[0]), roundings=16)
+    assert captured.targets().count("fp6.mm") == 8
+    assert copy.deepcopy(with_extras).head.low_rank_a.shape == (DIM, 4)

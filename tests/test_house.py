@@ -16,7 +16,7 @@ FLOORS = [
     {"algorithms", "config", "kernels"},
     {"ops", "linears", "weights", "report", "storage"},
     {"merging"},
-    {"graph", "passes", "lowerings", "tensor", "dispatch"},
+    {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank"},
     {"backend", "model", "manifest"},
     {"calibration", "checkpoint", "mx"},
     {"cli"},

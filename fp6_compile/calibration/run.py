@@ -19,6 +19,7 @@ from fp6_compile.calibration.chain import Chain, find_blocks, quiet
 from fp6_compile.calibration.collect import Collector
 from fp6_compile.config import Options
 from fp6_compile.formats import FORMATS, get_format
+from fp6_compile.lowrank import FACTORS, grow
 from fp6_compile.model import Place, Values, is_weight, keep, places, refusal
 from fp6_compile.packing import PLANES, pack
 from fp6_compile.quantize import Grid
@@ -148,6 +149,16 @@ class _Run:
             if id(place) in self.refusals:
                 self.lines[id(place)] = self._line(place, collector)
 
+    def _add(self, place: Place, found: Quantized) -> None:
+        """Give every linear that has the weight its factors and its bias."""
+        for module, _ in place.owners:
+            for attribute, factor in zip(FACTORS, found.low_rank or (), strict=False):
+                grow(module, attribute, factor)
+            if found.shift is not None:
+                bias = getattr(module, "bias", None)
+                shifted = found.shift if bias is None else bias.float() + found.shift
+                grow(module, "bias", shifted.to(place.tensor.dtype))
+
     def _line(self, place: Place, collector: Collector | None) -> LinearReport:
         """Quantize a weight if it is to be; its line of the report."""
         tensor = place.tensor
@@ -162,6 +173,7 @@ class _Run:
         except ValueError as error:
             return LinearReport(*about, tensor.nbytes, str(error))
         place.put(_weight(found, tensor.dtype))
+        self._add(place, found)
         return LinearReport(*about, found.bytes, note=_note(place, collector))
 
 
