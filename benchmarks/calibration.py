@@ -4,7 +4,8 @@ The 1.1 B Llama shape of examples/decode (22 blocks of width 2048), random BF16 
 runs in a process of its own, on a model whose parameters are on the meta device: blocks are read when their turn comes.
 
 *resident*: most anonymous memory above what the process held before, sampled every 5 ms (benchmarks/packing.py). Beside it
-stand what it is made of: the packed model, a block's 16-bit weights, and the Hessians of a block, which only GPTQ keeps.
+stand what it is made of: the packed model, a block's 16-bit weights (or the largest weight, the head), and the Hessians of a
+block, which only GPTQ keeps.
 
 A table for people, and last one line of JSON. --json writes it to a file.
 """
@@ -30,7 +31,7 @@ from examples.code_lm.model import CodeLM
 from examples.decode.model import SIZES, build
 from fp6_compile.algorithms import GPTQ, Algorithm, Weighted
 
-ALGORITHMS: dict[str, Algorithm] = {"weighted": Weighted(steps=16), "gptq": GPTQ()}
+ALGORITHMS: dict[str, Algorithm] = {"gptq": GPTQ(), "weighted": Weighted(steps=16)}
 
 
 def write_source(folder: Path, size: str) -> None:
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     block = [m for m in model.layers[0].modules() if isinstance(m, nn.Linear)]
     found["packed_mb"] = _mb(sum(getattr(p, "packed_bytes", p.nbytes) for p in model.parameters()))
     found["block_mb"] = _mb(sum(m.weight.nbytes for m in block))
+    found["largest_mb"] = _mb(max(line.bytes_before for line in report.linears))
     # q, k and v share one; so do gate and up.
     found["hessians_mb"] = _mb(4 * (3 * config.dim**2 + config.hidden**2)) if arguments.algorithm == "gptq" else 0
     found["linears"] = f"{len(report.taken)} of {len(report.linears)}"
