@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     algorithm = ALGORITHMS[arguments.algorithm]
     found: dict[str, Any] = {"algorithm": repr(algorithm), "tokens": arguments.tokens}
     how = {"format": arguments.format, "group_size": arguments.group_size}
+    start = time.process_time()
     with resident_peak(found):
         report = fp6_compile.calibrate_(model, inputs, algorithm=algorithm, source=arguments.folder, **how)
+    found["cpu_seconds"] = round(time.process_time() - start, 1)
     block = [m for m in model.layers[0].modules() if isinstance(m, nn.Linear)]
     found["packed_mb"] = _mb(sum(getattr(p, "packed_bytes", p.nbytes) for p in model.parameters()))
     found["block_mb"] = _mb(sum(m.weight.nbytes for m in block))
@@ -88,10 +91,10 @@ def main() -> None:
             done = subprocess.run([*command, "--folder", str(folder)], check=True, stdout=subprocess.PIPE, text=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps({**about, "rows": rows}) + "\n")
     finally:
         shutil.rmtree(folder)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**about, "rows": rows}) + "\n")
     print(json.dumps({**about, "rows": rows}))
 
 
