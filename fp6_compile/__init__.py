@@ -15,6 +15,7 @@
     lowerings  fp6::mm => Inductor template, epilogue fused
     kernels    Triton for GPUs, C++ for CPUs
     backend    all of it behind one name
+    launches   which kernels a compiled graph launches
 
 Packed models as files and objects:
 
@@ -38,7 +39,7 @@ from fp6_compile.checkpoint import load, save
 from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import empty_parameters, quantize_
 from fp6_compile.mx import load_mx
-from fp6_compile.report import LinearReport, Report, last_report, reports
+from fp6_compile.report import LinearReport, Refresh, Report, last_refresh, last_report, reports
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
 
@@ -46,9 +47,11 @@ __all__ = [
     "CheckpointError",
     "LinearReport",
     "PackedTensor",
+    "Refresh",
     "Report",
     "calibrate_",
     "empty_parameters",
+    "last_refresh",
     "last_report",
     "load",
     "load_mx",

@@ -25,7 +25,7 @@ from fp6_compile.config import Options
 from fp6_compile.formats import get_format
 from fp6_compile.linears import Weight, find_weight, module_names, refusal
 from fp6_compile.merging import Candidate, groups
-from fp6_compile.packing import layout_for, plane_names
+from fp6_compile.packing import plane_names
 from fp6_compile.report import LinearReport, count
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import PackSpec, Planes, WeightInput, packed_planes
@@ -46,7 +46,8 @@ class PackedGraph:
         self.taken: list[WeightInput] = []
         self._lines: dict[int, LinearReport] = {}
         for group in groups(self._candidates(gm)):
-            self._take(group)
+            if len(group) > 1 or not group[0].packed:
+                self._take(group)
         self.linears = [self._lines[position] for position in sorted(self._lines)]
         self.gm.graph.lint()
         self.gm.recompile()
@@ -63,18 +64,19 @@ class PackedGraph:
         for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             value = self.example_inputs[position]
             packed = getattr(value, "_local_tensor", value)  # a DTensor's
+            weight = find_weight(node)
             if isinstance(packed, PackedTensor):
                 self._lines[position] = _packed_already(node, packed)
-                continue
-            weight = find_weight(node)
             if weight is None or not _is_static(node, value):
                 continue
             candidate = Candidate(position, weight, value, module_names(weight))
-            refused = refusal(weight, value, candidate.names, self.options)
-            if refused is None:
-                yield candidate
-            else:
+            if isinstance(packed, PackedTensor):
+                if packed is value and _can_move(candidate):
+                    yield candidate
+            elif refused := refusal(weight, value, candidate.names, self.options):
                 self._refuse(candidate, *refused)
+            else:
+                yield candidate
 
     def _refuse(self, candidate: Candidate, reason: str, excused: bool) -> None:
         if self.options.strict and not excused:
@@ -103,14 +105,16 @@ class PackedGraph:
             self.taken.append(WeightInput([candidate.position for candidate in group], planes))
         for i, candidate in enumerate(group):
             self._drop(candidate)
-            count("linears_taken")
+            if not candidate.packed:
+                count("linears_taken")
             size = sum(tensor.nbytes for planes in packs for tensor in planes.weights[i].tensors)
             self._report(candidate, size, note=_note(candidate, group))
 
     def _pack(self, group: list[Candidate], transposed: bool) -> Planes:
-        options, value = self.options, group[0].value
-        layout = layout_for(value.device, value.dtype)
-        spec = PackSpec(options.format, options.group_size, options.scale, layout, transposed, value.device)
+        first = group[0]
+        how = first.packed or self.options
+        device = first.value.device
+        spec = PackSpec(how.format, how.group_size, self.options.scale, first.layout, transposed, device)
         return packed_planes([c.value for c in group], spec, [c.names[0] for c in group])
 
     def _replace(self, group: list[Candidate], planes: Planes) -> None:
@@ -154,9 +158,17 @@ class PackedGraph:
 
 def _note(candidate: Candidate, group: list[Candidate]) -> str | None:
     others, readers = [c.names[0] for c in group if c is not candidate], candidate.weight.others
-    notes = [f"merged with {', '.join(others)}"] if others else []
+    notes = ["packed already"] if candidate.packed else []
+    notes += [f"merged with {', '.join(others)}"] if others else []
     notes += [f"{candidate.value.dtype} kept for {', '.join(readers)}"] if readers else []
     return "; ".join(notes) or None
+
+
+def _can_move(candidate: Candidate) -> bool:
+    """Whether a PackedTensor's planes can lie beside others'. Changes of inference tensors could not be noticed."""
+    weight, value = candidate.weight, candidate.value
+    as_linear = candidate.orientations == [False] and not candidate.packed.transposed
+    return as_linear and weight.mutated_by is None and not value.is_inference()
 
 
 def _packed_already(node: Node, weight: PackedTensor) -> LinearReport:
@@ -182,8 +194,8 @@ def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
 
 
 def _is_static(node: Node, value: Any) -> bool:
-    """Whether an input is part of the model rather than of the call, and can be a weight: a vector is none."""
+    """Whether an input is part of the model rather than of the call, and can be a weight: a KV cache is static, and none."""
     static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
-    return (
-        isinstance(value, Tensor) and value.dim() > 1 and (isinstance(value, torch.nn.Parameter) or static is not None)
-    )
+    if isinstance(value, torch.nn.Parameter):
+        return value.dim() > 1
+    return isinstance(value, Tensor) and static is not None and value.dim() == 2
