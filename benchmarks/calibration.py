@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from examples.decode.model import SIZES, build
 from torch import nn
 
 import fp6_compile
 from benchmarks.cpu import environment
 from benchmarks.packing import resident_peak
 from examples.code_lm.model import CodeLM
-from examples.decode.model import SIZES, build
 from fp6_compile.algorithms import GPTQ, Algorithm, Weighted
 
-ALGORITHMS: dict[str, Algorithm] = {"gptq": GPTQ(), "weighted": Weighted(steps=16)}
+ALGORITHMS: dict[str, Algorithm] = {"weighted": Weighted(steps=16), "gptq": GPTQ()}
 
 
 def write_source(folder: Path, size: str) -> None:
