@@ -2,6 +2,7 @@
 
     formats    E3M2, E2M3: fields, values, bias shift                     <- start here
     quantize   weight -> codes and scales
+    algorithms weight -> codes and scales, by what the layer sees: GPTQ, clip search and others
     packing    codes <-> canonical planes <-> device layout
     slabs      the device layouts of GPUs
     ops        fp6::dequantize, fp6::mm: what a packed weight means
@@ -25,9 +26,11 @@ What it would do, without doing it:
 Packed models as files and objects:
 
     tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
+    lowrank     what quantization may add to a linear: low-rank factors, a bias
     dispatch    what such a weight can do beside multiplying
     storage     safetensors folders, one tensor at a time
     model       quantize_: a model's linears in place, one by one
+    calibration calibrate_: quantize_ with an algorithm, block by block
     manifest    what a checkpoint folder says, and everything that can be wrong with it
     checkpoint  save and load
     mx          OCP MXFP6 checkpoints, as AMD Quark writes them
@@ -37,6 +40,7 @@ Nothing needs to be imported to use the backend: torch finds it by its entry poi
 Triton nor Inductor.
 """
 
+from fp6_compile.calibration import calibrate_
 from fp6_compile.checkpoint import load, save
 from fp6_compile.explanation import Explanation, explain
 from fp6_compile.manifest import CheckpointError
@@ -53,6 +57,7 @@ __all__ = [
     "PackedTensor",
     "Refresh",
     "Report",
+    "calibrate_",
     "empty_parameters",
     "explain",
     "last_refresh",

@@ -104,6 +104,18 @@ class PackedTensor(Tensor):
         return cls(planes.tensors, torch.cat(scales, 1), spec)
 
     @classmethod
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, format: str, group_size: int | None, dtype: torch.dtype
+    ) -> PackedTensor:
+        """From codes [N, K] (uint8) and scales [G, N] (float32), in the layout of their device."""
+        fmt, (n, k) = get_format(format), codes.shape
+        layout = layout_for(codes.device, dtype, fmt)
+        planes = _Rows(n, layout)
+        for rows in row_blocks(n, k, codes.device, rows_per_index(layout)):
+            planes.put(rows, pack(codes[rows], fmt, layout))
+        return cls(planes.tensors, scale, Spec(format, layout, group_size, k, dtype))
+
+    @classmethod
     def from_planes(
         cls, planes: Sequence[Tensor], scale: Tensor, format: str, group_size: int | None, k: int, dtype: torch.dtype
     ) -> PackedTensor:

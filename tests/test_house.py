@@ -14,12 +14,12 @@ FLOORS = [
     {"formats", "launches", "devices"},
     {"slabs"},
     {"packing", "quantize"},
-    {"config", "kernels"},
+    {"algorithms", "config", "kernels"},
     {"ops", "linears", "weights", "report", "storage"},
     {"merging"},
-    {"graph", "passes", "lowerings", "tensor", "dispatch"},
+    {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank"},
     {"backend", "model", "manifest"},
-    {"checkpoint", "mx", "explanation"},
+    {"calibration", "checkpoint", "mx", "explanation"},
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
