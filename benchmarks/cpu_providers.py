@@ -56,7 +56,9 @@ def _fp6(n: int, k: int, group_size: int | None, megabytes: int) -> Provider:
     w4, w2 = (torch.randint(0, 256, (n // 4, k // 64, planes * 64), dtype=torch.uint8) for planes in (2, 1))
     weight = w4.unflatten(2, (2, 64)), w2, torch.rand(-(-k // group_size) if group_size else 1, n)
     op = torch.ops.fp6.mm.default
-    return _provider("fp6", lambda x, *w: op(x, *w, "e3m2", "cpu.v1", group_size), weight, megabytes)
+    return _provider(
+        "fp6", lambda x, w4, w2, scale: op(x, [w4, w2], scale, "e3m2", "cpu.v1", group_size), weight, megabytes
+    )
 
 
 def _provider(name: str, multiply: Callable[..., Tensor], weight: tuple[Tensor, ...], megabytes: int) -> Provider:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fp6_compile.ops  # noqa: F401  torch.ops.fp6
 from fp6_compile.formats import get_format
-from fp6_compile.packing import layout_for, pack, rows_per_index
+from fp6_compile.packing import layout_for, pack, plane_names, rows_per_index
 from fp6_compile.quantize import quantize
 
 
@@ -34,8 +34,6 @@ class Spec:
 class SixBit(nn.Module):
     """This package's kernel: `kernels.launch.mm` on a GPU; the CPU operator where the benchmark only tries its wiring."""
 
-    w4: Tensor
-    w2: Tensor
     scale: Tensor
 
     def __init__(self, weight: Tensor, spec: Spec) -> None:
@@ -44,27 +42,32 @@ class SixBit(nn.Module):
         self.layout = layout_for(weight.device, spec.dtype)
         codes, scale = quantize(weight, self.fmt, spec.group_size)
         step = (1 << 24) // weight.shape[1] // 16 * 16 or 16  # rows packed at a time: packing needs int32 temporaries
-        planes = [pack(rows, self.fmt, self.layout) for rows in codes.split(step)]
-        self.register_buffer("w4", torch.cat([w4 for w4, _ in planes]))
-        self.register_buffer("w2", torch.cat([w2 for _, w2 in planes]))
+        blocks = [pack(rows, self.fmt, self.layout) for rows in codes.split(step)]
+        for name, parts in zip(plane_names(self.fmt), zip(*blocks, strict=True), strict=True):
+            self.register_buffer(name, torch.cat(parts))
         self.register_buffer("scale", scale)
+
+    @property
+    def planes(self) -> list[Tensor]:
+        """In the order of packing.pack."""
+        return [getattr(self, name) for name in plane_names(self.fmt)]
 
     def forward(self, x: Tensor) -> Tensor:
         """x @ weight.T."""
         if x.is_cuda:
             from fp6_compile.kernels import launch
 
-            return launch.mm(x, self.w4, self.w2, self.scale, self.fmt, self.group_size)
-        out: Tensor = torch.ops.fp6.mm(x, self.w4, self.w2, self.scale, self.fmt.name, self.layout, self.group_size)
+            return launch.mm(x, self.planes, self.scale, self.fmt, self.group_size)
+        out: Tensor = torch.ops.fp6.mm(x, self.planes, self.scale, self.fmt.name, self.layout, self.group_size)
         return out
 
     def error(self, x: Tensor, y: Tensor) -> float:
         """|y - exact| / |exact| over the last rows of the weight, exact in float32; NaN anywhere in y makes it NaN."""
         per_index = rows_per_index(self.layout)
-        first = max(0, self.w4.shape[0] - 512 // per_index)
+        first = max(0, self.planes[0].shape[0] - 512 // per_index)
         rows = slice(first * per_index, None)
         weight = torch.ops.fp6.dequantize(
-            *(self.w4[first:], self.w2[first:], self.scale[:, rows]),
+            *([plane[first:] for plane in self.planes], self.scale[:, rows]),
             *(self.fmt.name, self.layout, self.group_size, x.shape[1], torch.float32),
         )
         exact = F.linear(x.float(), weight)

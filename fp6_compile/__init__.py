@@ -2,6 +2,7 @@
 
     formats    E3M2, E2M3: fields, values, bias shift                     <- start here
     quantize   weight -> codes and scales
+    algorithms weight -> codes and scales, by what the layer sees: GPTQ, clip search and others
     packing    codes <-> canonical planes <-> device layout
     ops        fp6::dequantize, fp6::mm: what a packed weight means
     config     the options
@@ -18,9 +19,11 @@
 Packed models as files and objects:
 
     tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
+    lowrank     what quantization may add to a linear: low-rank factors, a bias
     dispatch    what such a weight can do beside multiplying
     storage     safetensors folders, one tensor at a time
     model       quantize_: a model's linears in place, one by one
+    calibration calibrate_: quantize_ with an algorithm, block by block
     manifest    what a checkpoint folder says, and everything that can be wrong with it
     checkpoint  save and load
     mx          OCP MXFP6 checkpoints, as AMD Quark writes them
@@ -30,6 +33,7 @@ Nothing needs to be imported to use the backend: torch finds it by its entry poi
 Triton nor Inductor.
 """
 
+from fp6_compile.calibration import calibrate_
 from fp6_compile.checkpoint import load, save
 from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import empty_parameters, quantize_
@@ -43,6 +47,7 @@ __all__ = [
     "LinearReport",
     "PackedTensor",
     "Report",
+    "calibrate_",
     "empty_parameters",
     "last_report",
     "load",

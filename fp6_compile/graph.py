@@ -1,12 +1,12 @@
 """Dynamo's graph with packed weights: a copy in which `fp6::dequantize` stands in the place of each weight that is taken.
 
     before   linear = F.linear(x, weight, bias)
-    after    dequantize = fp6.dequantize(w4, w2, scale, ...);  linear = F.linear(x, dequantize, bias)
+    after    dequantize = fp6.dequantize(planes, scale, ...);  linear = F.linear(x, dequantize, bias)
 
     before   q = F.linear(x, wq);  k = F.linear(x, wk)
-    after    w = fp6.dequantize(w4, w2, scale, ...);  q = F.linear(x, w[:n]);  k = F.linear(x, w[n:])
+    after    w = fp6.dequantize(planes, scale, ...);  q = F.linear(x, w[:n]);  k = F.linear(x, w[n:])
 
-w4, w2 and scale are new inputs of the graph, behind all others, marked as static: AOTAutograd and Inductor can then cache
+planes and scale are new inputs of the graph, behind all others, marked as static: AOTAutograd and Inductor can then cache
 the graph, CUDA graphs need not copy them, and their contents can change. A weight that nothing else reads is an input no
 more.
 """
@@ -22,9 +22,10 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from fp6_compile.config import Options
+from fp6_compile.formats import get_format
 from fp6_compile.linears import Weight, find_weight, module_names, refusal
 from fp6_compile.merging import Candidate, groups
-from fp6_compile.packing import layout_for
+from fp6_compile.packing import layout_for, plane_names
 from fp6_compile.report import LinearReport, count
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import PackSpec, Planes, WeightInput, packed_planes
@@ -133,7 +134,7 @@ class PackedGraph:
         name = self._copies[candidate.weight.placeholder].name
         last = graph.find_nodes(op="placeholder")[-1]
         planes: list[Node] = []
-        for plane in ("w4", "w2", "scale"):
+        for plane in (*plane_names(get_format(spec.format)), "scale"):
             with graph.inserting_after(planes[-1] if planes else last):
                 planes.append(graph.placeholder(f"{name}{'t_' if spec.transposed else ''}{plane}"))
             planes[-1]._dynamo_source = None
@@ -141,7 +142,7 @@ class PackedGraph:
         k = candidate.value.shape[0 if spec.transposed else 1]
         with graph.inserting_after(planes[-1]):
             how = (spec.format, spec.layout, spec.group_size, k, candidate.value.dtype)
-            return graph.call_function(torch.ops.fp6.dequantize.default, (*planes, *how))
+            return graph.call_function(torch.ops.fp6.dequantize.default, (planes[:-1], planes[-1], *how))
 
     def _drop(self, candidate: Candidate) -> None:
         """A weight that nothing reads any more is no input any more."""

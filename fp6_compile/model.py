@@ -21,6 +21,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from fp6_compile.config import Options
 from fp6_compile.kernels.config import supports
+from fp6_compile.lowrank import has_plain_forward
 from fp6_compile.report import LinearReport, Report, log_report, progress
 from fp6_compile.storage import Entry, folder_entries, read
 from fp6_compile.tensor import DTYPES, PackedTensor
@@ -125,23 +126,23 @@ def quantize_(
     model = getattr(model, "_orig_mod", model)
     target = torch.device(device) if device is not None else torch.device("cpu") if source is not None else None
     found = places(model)
-    refusals = {id(place): _refusal(place, options, target) for place in found if _is_weight(place, options)}
+    refusals = {id(place): refusal(place, options, target) for place in found if is_weight(place, options)}
     entries = {} if source is None else folder_entries(source)
-    values = _Values(found, entries, target)
+    values = Values(found, entries, target)
     if strict:
-        _check_strictly([place for place in found if id(place) in refusals], refusals, values)
+        check_strictly([place for place in found if id(place) in refusals], refusals, values)
     lines = []
     for place in progress(found, "fp6: packing"):
         if id(place) in refusals:
             lines.append(_pack(place, values.of(place), refusals[id(place)], options))
         else:
-            _keep(place, values.of(place))
+            keep(place, values.of(place))
     report = Report(tuple(lines), format)
     log_report(report)
     return report
 
 
-class _Values:
+class Values:
     """Where the values of each place come from: the model itself, or a folder."""
 
     def __init__(self, found: list[Place], entries: Mapping[str, Entry], device: torch.device | None) -> None:
@@ -170,7 +171,7 @@ class _Values:
         return next(read([entry], self.device or "cpu"))[1]
 
 
-def _is_weight(place: Place, options: Options) -> bool:
+def is_weight(place: Place, options: Options) -> bool:
     """Whether the report mentions it: weights of linears, and what is large enough to be one."""
     if any(isinstance(module, nn.Linear) and name == "weight" for module, name in place.owners):
         return True
@@ -179,7 +180,7 @@ def _is_weight(place: Place, options: Options) -> bool:
     return isinstance(place.tensor, nn.Parameter) and large and not embeds
 
 
-def _refusal(place: Place, options: Options, device: torch.device | None) -> tuple[str, bool] | None:
+def refusal(place: Place, options: Options, device: torch.device | None) -> tuple[str, bool] | None:
     """Why it is left alone, and whether the user asked for just that, so that `strict` is content; or None."""
     tensor, names = place.tensor, [name.removesuffix(".weight") for name in place.names]
     if glob := options.skips(names):
@@ -205,10 +206,10 @@ def _refusal(place: Place, options: Options, device: torch.device | None) -> tup
 
 
 def _is_plain_linear(module: nn.Module, attribute: str) -> bool:
-    return isinstance(module, nn.Linear) and attribute == "weight" and type(module).forward is nn.Linear.forward
+    return attribute == "weight" and has_plain_forward(module)
 
 
-def _check_strictly(weights: list[Place], refusals: Mapping[int, tuple[str, bool] | None], values: _Values) -> None:
+def check_strictly(weights: list[Place], refusals: Mapping[int, tuple[str, bool] | None], values: Values) -> None:
     for place in weights:
         reason, excused = refusals[id(place)] or (None, True)
         if reason is None and not isinstance(place.tensor, PackedTensor) and not values.of(place).isfinite().all():
@@ -224,20 +225,20 @@ def _pack(place: Place, value: Tensor, refusal: tuple[str, bool] | None, options
     before, note = torch.Size(shape).numel() * dtype.itemsize, None
     if isinstance(value, PackedTensor):
         note = "packed already"
-        _keep(place, value)
+        keep(place, value)
     elif reason is None:
         try:
             place.put(PackedTensor.quantize(value, options.format, options.group_size, options.scale, dtype))
         except ValueError as error:
             reason = str(error)
     if reason is not None:
-        _keep(place, value)
+        keep(place, value)
     packed = place.tensor
     after = packed.packed_bytes if isinstance(packed, PackedTensor) else before
     return LinearReport(place.title, shape, dtype, before, after, reason, note)
 
 
-def _keep(place: Place, value: Tensor) -> None:
+def keep(place: Place, value: Tensor) -> None:
     """Put a value that is not packed into its place, in the place's dtype, unless it is there already."""
     old = place.tensor
     if old.is_meta or value.device != old.device or value.data_ptr() != old.data_ptr():

@@ -1,10 +1,10 @@
 """The custom operators `fp6::mm` and `fp6::dequantize`: schemas, fake kernels, eager implementations, the gradient for x.
 
-Both read a packed weight [N, K]: planes `w4` and `w2` in the given `layout` (packing.py), `scale` [G, N] float32, the
-format's name, and `group_size` (None: one group, the row).
+Both read a packed weight [N, K]: `planes` in the given `layout` (packing.py), `scale` [G, N] float32, the format's name,
+and `group_size` (None: one group, the row).
 
-    fp6::dequantize(w4, w2, scale, format, layout, group_size, k, dtype)  ->  [N, K] in dtype
-    fp6::mm(x, w4, w2, scale, format, layout, group_size)  ->  x @ dequantize(...).T, [*, K] -> [*, N] in x's dtype
+    fp6::dequantize(planes, scale, format, layout, group_size, k, dtype)  ->  [N, K] in dtype
+    fp6::mm(x, planes, scale, format, layout, group_size)  ->  x @ dequantize(...).T, [*, K] -> [*, N] in x's dtype
 
 The graph starts with dequantize and an ordinary matmul; the pass makes them fp6::mm. So dequantize *is* the meaning of a
 packed weight, and mm may differ from it by the rounding of a float32 accumulation and nothing else.
@@ -16,7 +16,8 @@ registers itself when the first call loads it (kernels/cpu).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,13 @@ from fp6_compile.quantize import dequantize as _dequantize
 _lib = torch.library.Library("fp6", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
 _lib.define(
-    "dequantize(Tensor w4, Tensor w2, Tensor scale, str format, str layout, int? group_size, SymInt k, ScalarType dtype)"
+    "dequantize(Tensor[] planes, Tensor scale, str format, str layout, int? group_size, SymInt k, ScalarType dtype)"
     " -> Tensor",
     tags=_TAGS,
 )
 for _name in ("mm", "mm_by_rows"):
     _lib.define(
-        f"{_name}(Tensor x, Tensor w4, Tensor w2, Tensor scale, str format, str layout, int? group_size) -> Tensor",
+        f"{_name}(Tensor x, Tensor[] planes, Tensor scale, str format, str layout, int? group_size) -> Tensor",
         tags=_TAGS,
     )
 
@@ -46,8 +47,7 @@ _BLOCK = 1 << 19
 
 
 def dequantize(
-    w4: Tensor,
-    w2: Tensor,
+    planes: Sequence[Tensor],
     scale: Tensor,
     format: str,
     layout: str,
@@ -56,53 +56,52 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight [N, k] in `dtype`: code values times scale in float32, rounded once. Any device."""
-    _check(k, w4, scale, layout, group_size)
+    _check(k, planes, scale, layout, group_size)
     n = scale.shape[1]
     fmt = get_format(format)
-    return _dequantize(unpack((w4, w2), fmt, layout, n, k), scale, fmt, group_size, dtype)
+    return _dequantize(unpack(planes, fmt, layout, n, k), scale, fmt, group_size, dtype)
 
 
 def mm_by_rows(
-    x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, format: str, layout: str, group_size: int | None
+    x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
     """`x @ W.T` with x [*, K] -> [*, N], a block of rows of W at a time. Any device, layout, strides and group size."""
     k, n = x.shape[-1], scale.shape[1]
     out = x.new_empty(*x.shape[:-1], n)
     for index, rows in _row_blocks(n, k, rows_per_index(layout)):
-        w = dequantize(w4[index], w2[index], scale[:, rows], format, layout, group_size, k, x.dtype)
+        w = dequantize([plane[index] for plane in planes], scale[:, rows], format, layout, group_size, k, x.dtype)
         out[..., rows] = F.linear(x, w)
     return out
 
 
 def mm_on_gpu(
-    x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, format: str, layout: str, group_size: int | None
+    x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
     """`x @ W.T` by the Triton kernel, its tile chosen by M at run time; by rows where the kernel cannot."""
     if not has_kernel(x.device, x.dtype, layout, group_size):
-        return mm_by_rows(x, w4, w2, scale, format, layout, group_size)
+        return mm_by_rows(x, planes, scale, format, layout, group_size)
     from fp6_compile.kernels import launch  # here, because it imports Triton
 
-    _check(x.shape[-1], w4, scale, layout, group_size)
-    out = launch.mm(x.reshape(-1, x.shape[-1]), w4, w2, scale, get_format(format), group_size)
+    _check(x.shape[-1], planes, scale, layout, group_size)
+    out = launch.mm(x.reshape(-1, x.shape[-1]), planes, scale, get_format(format), group_size)
     return out.view(*x.shape[:-1], scale.shape[1])
 
 
-def mm_by_vendor(
-    x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, *scratch: Tensor, format: str, group_size: int | None
-) -> Tensor:
-    """`x @ W.T` of x [M, K] on a GPU by a dequantized copy. Inductor times it against the kernel: it gets `scratch`, too."""
+def mm_by_vendor(x: Tensor, *tensors: Tensor, format: str, group_size: int | None) -> Tensor:
+    """`x @ W.T` of x [M, K] on a GPU by a dequantized copy. Inductor times it against the kernel, so it gets its scratch."""
+    count = len(get_format(format).planes)
     from fp6_compile.kernels import launch
 
-    return launch.vendor_mm(x, w4, w2, scale, get_format(format), group_size)
+    return launch.vendor_mm(x, tensors[:count], tensors[count], get_format(format), group_size)
 
 
 def mm_at_first(
-    x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, format: str, layout: str, group_size: int | None
+    x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
     """`x @ W.T` where no kernel is registered: on a CPU the C++ one is now; by rows elsewhere, and without a compiler."""
     if x.device.type == "cpu" and layout == CPU and load():
-        return torch.ops.fp6.mm(x, w4, w2, scale, format, layout, group_size)
-    return mm_by_rows(x, w4, w2, scale, format, layout, group_size)
+        return torch.ops.fp6.mm(x, planes, scale, format, layout, group_size)
+    return mm_by_rows(x, planes, scale, format, layout, group_size)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, layout: str, group_size: int | None) -> bool:
@@ -110,8 +109,8 @@ def has_kernel(device: torch.device, dtype: torch.dtype, layout: str, group_size
     return device.type == "cuda" and layout == layout_for(device, dtype) and supports(group_size) is None
 
 
-def _check(k: int | SymInt, w4: Tensor, scale: Tensor, layout: str, group_size: int | None) -> None:
-    stored = inputs_held(w4, layout)
+def _check(k: int | SymInt, planes: Sequence[Tensor], scale: Tensor, layout: str, group_size: int | None) -> None:
+    stored = inputs_held(planes[0], layout)
     torch._check(
         -(-k // stored.granularity) * stored.granularity == stored.inputs,
         lambda: f"fp6: x has {k} features, but the weight was packed with {stored.inputs} inputs, padding included",
@@ -138,8 +137,7 @@ _lib.impl("mm", mm_on_gpu, "CUDA")
 
 @torch.library.register_fake("fp6::dequantize", lib=_lib)
 def _(
-    w4: Tensor,
-    w2: Tensor,
+    planes: Sequence[Tensor],
     scale: Tensor,
     format: str,
     layout: str,
@@ -147,27 +145,27 @@ def _(
     k: int | SymInt,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check(k, w4, scale, layout, group_size)
+    _check(k, planes, scale, layout, group_size)
     return scale.new_empty(scale.shape[1], k, dtype=dtype)
 
 
 @torch.library.register_fake("fp6::mm", lib=_lib)
-def _(x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, format: str, layout: str, group_size: int | None) -> Tensor:
-    _check(x.shape[-1], w4, scale, layout, group_size)
+def _(x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None) -> Tensor:
+    _check(x.shape[-1], planes, scale, layout, group_size)
     return x.new_empty(*x.shape[:-1], scale.shape[1])
 
 
 def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, w4, w2, scale, *how = inputs
-    ctx.save_for_backward(w4, w2, scale)
+    x, planes, scale, *how = inputs
+    ctx.save_for_backward(*planes, scale)
     ctx.how, ctx.k = how, x.shape[-1]  # type: ignore[attr-defined]
 
 
-def _grad_of_x(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    w4, w2, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+def _grad_of_x(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Any, ...]:
+    *planes, scale = ctx.saved_tensors  # type: ignore[attr-defined]
     format, layout, group_size = ctx.how  # type: ignore[attr-defined]
-    w = torch.ops.fp6.dequantize(w4, w2, scale, format, layout, group_size, ctx.k, grad.dtype)  # type: ignore[attr-defined]
-    return grad @ w, None, None, None, None, None, None
+    w = torch.ops.fp6.dequantize(planes, scale, format, layout, group_size, ctx.k, grad.dtype)  # type: ignore[attr-defined]
+    return grad @ w, [None] * len(planes), None, None, None, None
 
 
 torch.library.register_autograd("fp6::mm", _grad_of_x, setup_context=_save, lib=_lib)

@@ -1,13 +1,13 @@
 """The graph pass: every matmul whose weight is a dequantized one becomes `fp6::mm`.
 
-    before   permute = aten.permute(fp6.dequantize(w4, w2, scale, ...), [1, 0]);  addmm = aten.addmm(bias, x, permute)
-    after    mm = fp6.mm(x, w4, w2, scale, ...);  add = aten.add(mm, bias)
+    before   permute = aten.permute(fp6.dequantize(planes, scale, ...), [1, 0]);  addmm = aten.addmm(bias, x, permute)
+    after    mm = fp6.mm(x, planes, scale, ...);  add = aten.add(mm, bias)
 
 A matmul whose weight is some rows of a dequantized one becomes the same columns of the fp6::mm by all of it, and calls of
 fp6::mm with equal arguments become one: that is how the linears that merging.py packs side by side are one launch.
 
     before   q = aten.mm(x, permute(dequantize[:n]));  k = aten.mm(x, permute(dequantize[n:]))
-    after    mm = fp6.mm(x, w4, w2, scale, ...);  q = mm[:, :n];  k = mm[:, n:]
+    after    mm = fp6.mm(x, planes, scale, ...);  q = mm[:, :n];  k = mm[:, n:]
 
 It runs on AOTAutograd's joint graph, before Inductor's own passes touch matmuls. By then linear, matmul, einsum and Conv1D
 are mm, addmm, bmm or mv with some chain of views on the weight. The chain is not matched against a list of known ones: it is
@@ -98,14 +98,16 @@ def _weight_is(name: str, rows_first: bool = False) -> Any:
 
 
 def _packed(node: Node, rows_first: bool = False) -> tuple[Any, ...]:
-    """The rows that `node` shows, and the arguments (w4, w2, scale, format, layout, group_size) of fp6::mm by all rows."""
+    """The rows that `node` shows, and the arguments (*planes, scale, format, layout, group_size) of fp6::mm by all rows."""
     dequantize, _ = presented_weight(node)  # type: ignore[misc]
     count("mm")
-    return rows_shown(node, rows_first), *dequantize.args[:6]
+    planes, *others = dequantize.args[:5]
+    return rows_shown(node, rows_first), *planes, *others  # type: ignore[misc]
 
 
-def _fp6_mm(x: Tensor, rows: range, w4: Tensor, w2: Tensor, scale: Tensor, *how: Any) -> Tensor:
-    out = fp6.mm(x, w4, w2, scale, *how)
+def _fp6_mm(x: Tensor, rows: range, *packed: Any) -> Tensor:
+    *planes, scale, format, layout, group_size = packed
+    out = fp6.mm(x, planes, scale, format, layout, group_size)
     return out if len(rows) == scale.shape[1] else out[..., rows.start : rows.stop]
 
 
@@ -179,10 +181,11 @@ def _row_times_weight(match: Match, x: Node, w: Node, last: int, dims: Sequence[
     match.replace_by_example(rounded, [_sixteen_bits(x, w), *_packed(w)])
 
 
-@register_graph_pattern(CallFunction(fp6.dequantize.default, *[Arg() for _ in range(8)]), pass_dict=_leftovers)
-def _leftover(match: Match, *args: Any) -> None:
+@register_graph_pattern(CallFunction(fp6.dequantize.default, *[Arg() for _ in range(7)]), pass_dict=_leftovers)
+def _leftover(match: Match, planes: Sequence[Node], *args: Any) -> None:
     count("decomposed")
-    match.replace_by_example(ops.dequantize, args)
+    number = len(planes)
+    match.replace_by_example(lambda *flat: ops.dequantize(flat[:number], *flat[number:]), [*planes, *args])
 
 
 def _merge(graph: Graph) -> None:
@@ -198,6 +201,8 @@ def _merge(graph: Graph) -> None:
 
 def _value(node: Any) -> Any:
     """A key that is equal for equal views of the same tensor, and for equal computations with sizes."""
+    if isinstance(node, (list, tuple)):
+        return tuple(map(_value, node))
     is_size = isinstance(node, Node) and not isinstance(node.meta.get("val"), Tensor)
     if not isinstance(node, Node) or node.op != "call_function" or not (is_size or node.target in (*_VIEWS, *_COPIES)):
         return node

@@ -125,7 +125,7 @@ class PackedTensor(Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as an ordinary tensor, of its own dtype unless another is given: value times scale, rounded once."""
         how = (self.spec.format, self.spec.layout, self.spec.group_size, self.spec.k, dtype or self.dtype)
-        weight = torch.ops.fp6.dequantize(*self.planes, self.scale, *how)
+        weight = torch.ops.fp6.dequantize(self.planes, self.scale, *how)
         return weight.t() if self.spec.transposed else weight
 
     def repack(self, layout: str) -> PackedTensor:
@@ -151,7 +151,7 @@ class PackedTensor(Tensor):
             )
         if self.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("fp6: a packed weight cannot be trained: leave requires_grad False")
-        return torch.ops.fp6.mm(x, *self.planes, self.scale, self.spec.format, self.spec.layout, self.spec.group_size)
+        return torch.ops.fp6.mm(x, self.planes, self.scale, self.spec.format, self.spec.layout, self.spec.group_size)
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
         """Stays without: a packed weight is a constant. nn.Parameter and load_state_dict(assign=True) ask for it unasked."""

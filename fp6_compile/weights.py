@@ -43,7 +43,7 @@ class PackSpec:
 
 
 class PackedWeight:
-    """The tensors (w4, w2, scale) of one parameter, and the state of the parameter that they were made from.
+    """The tensors (*planes, scale) of one parameter, and the state of the parameter that they were made from.
 
     The tensors may be rows of larger ones, of `Planes`.
     """
@@ -110,7 +110,7 @@ class PackedWeight:
 
 
 class Planes:
-    """A set of planes (w4, w2, scale): the packed weights of one or more parameters, side by side along N.
+    """A set of planes and scales: the packed weights of one or more parameters, side by side along N.
 
     Rows of all weights but the last must fill whole indices of the layout (packing.rows_per_index).
     """
@@ -132,13 +132,14 @@ class Planes:
 
     def _join(self) -> None:
         with torch.inference_mode(False):
+            *planes, _ = self.weights[0].tensors
+            dims = *(0 for _ in planes), 1
             wholes = []
             parts = []
-            for tensors, dim in zip(zip(*(w.tensors for w in self.weights), strict=True), (0, 0, 1), strict=True):
+            for tensors, dim in zip(zip(*(w.tensors for w in self.weights), strict=True), dims, strict=True):
                 wholes.append(torch.cat(tensors, dim))
                 parts.append(wholes[-1].split([tensor.shape[dim] for tensor in tensors], dim))
-        w4, w2, scale = wholes
-        self.tensors = w4, w2, scale
+        self.tensors = tuple(wholes)
         for weight, *rows in zip(self.weights, *parts, strict=True):
             weight.tensors = tuple(rows)
 
@@ -173,7 +174,7 @@ class WeightInput:
         self._use(planes)
 
     def tensors(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """(w4, w2, scale) of the parameters that this call passes among `args`, refreshed if they have changed."""
+        """(*planes, scale) of the parameters that this call passes among `args`, refreshed if they have changed."""
         for weight, position in self._places:
             if not weight.is_fresh(args[position]):
                 self._catch_up([args[position] for position in self.positions])

@@ -39,6 +39,8 @@ def show(graph: Graph) -> str:
 
 
 def _argument(arg: object, names: dict[Node, str]) -> str:
+    if isinstance(arg, list) and any(isinstance(item, Node) for item in arg):
+        return f"[{', '.join(_argument(item, names) for item in arg)}]"
     return names[arg] if isinstance(arg, Node) else str(arg)
 
 

@@ -23,7 +23,7 @@ def test_a_packed_model_has_no_float_linear_and_the_same_weights():
     assert not any(isinstance(m, torch.nn.Linear) for m in packed.modules())
     q = packed.layers[0].attention.q_proj
     assert isinstance(q, PackedLinear)
-    w = torch.ops.fp6.dequantize(q.w4, q.w2, q.scale, "e3m2", q.layout, None, TINY.dim, torch.bfloat16)
+    w = torch.ops.fp6.dequantize([q.w4, q.w2], q.scale, "e3m2", q.layout, None, TINY.dim, torch.bfloat16)
     torch.testing.assert_close(w, plain.layers[0].attention.q_proj.weight, rtol=0.13, atol=2e-3)
     assert torch.equal(packed.embedding.weight, plain.embedding.weight)
 

@@ -13,12 +13,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [
     {"formats"},
     {"packing", "quantize"},
-    {"config", "kernels"},
+    {"algorithms", "config", "kernels"},
     {"ops", "linears", "weights", "report", "storage"},
     {"merging"},
-    {"graph", "passes", "lowerings", "tensor", "dispatch"},
+    {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank"},
     {"backend", "model", "manifest"},
-    {"checkpoint", "mx"},
+    {"calibration", "checkpoint", "mx"},
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

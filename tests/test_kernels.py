@@ -44,8 +44,8 @@ def weight(n: int, k: int, group: int | None, seed: int = 0) -> tuple[Tensor, Te
 
 
 def product(run: Run, x: Tensor, codes: Tensor, scale: Tensor, fmt: Format, group: int | None) -> Tensor:
-    w4, w2 = pack(codes, fmt, layout_for(torch.device("cuda"), x.dtype))
-    return run(x, w4.to(x.device), w2.to(x.device), scale.to(x.device), fmt, group).cpu()
+    planes = pack(codes, fmt, layout_for(torch.device("cuda"), x.dtype))
+    return run(x, [plane.to(x.device) for plane in planes], scale.to(x.device), fmt, group).cpu()
 
 
 def check_codes(run: Run, device: str, fmt: Format, dtype: torch.dtype) -> None:
@@ -155,9 +155,9 @@ def nan_around(x: Tensor) -> Tensor:
     return wide[: x.shape[0], : x.shape[1]]
 
 
-def nan_around_product(x, w4, w2, scale, fmt, group) -> Tensor:
+def nan_around_product(x, planes, scale, fmt, group) -> Tensor:
     """The view is made where the kernel runs: pickling x would make it contiguous."""
-    return launch.mm(nan_around(x), w4, w2, scale, fmt, group)
+    return launch.mm(nan_around(x), planes, scale, fmt, group)
 
 
 @pytest.mark.parametrize("group", [None, 32])
@@ -171,8 +171,8 @@ def test_nothing_outside_x_is_used(group):
 @pytest.mark.parametrize(("m", "n"), [(0, 40), (5, 0)])
 def test_nothing_to_compute(m, n):
     """No launch: this process does not interpret, and has no GPU to launch on."""
-    w4, w2 = pack(torch.zeros(n, 64, dtype=torch.uint8), E3M2, layout_for(torch.device("cuda"), F16))
-    assert launch.mm(torch.ones(m, 64, dtype=F16), w4, w2, torch.ones(1, n), E3M2, None).shape == (m, n)
+    planes = pack(torch.zeros(n, 64, dtype=torch.uint8), E3M2, layout_for(torch.device("cuda"), F16))
+    assert launch.mm(torch.ones(m, 64, dtype=F16), planes, torch.ones(1, n), E3M2, None).shape == (m, n)
 
 
 def test_overflow_is_the_result_s_not_the_kernel_s():

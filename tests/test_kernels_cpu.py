@@ -38,17 +38,16 @@ def path(request):
 class Weight(NamedTuple):
     """A packed weight."""
 
-    w4: Tensor
-    w2: Tensor
+    planes: tuple[Tensor, ...]
     scale: Tensor
     fmt: Format
     group_size: int | None
 
     def mm(self, x):
-        return torch.ops.fp6.mm(x, *self[:3], self.fmt.name, CPU, self.group_size)
+        return torch.ops.fp6.mm(x, *self[:2], self.fmt.name, CPU, self.group_size)
 
     def by(self, path, x, blocks=False):
-        return torch.ops.fp6.cpu_mm(x, *self[:3], self.fmt.name, self.group_size, path, blocks)
+        return torch.ops.fp6.cpu_mm(x, *self[:2], self.fmt.name, self.group_size, path, blocks)
 
 
 def _weight(n, k, group_size=None, fmt="e3m2"):
@@ -56,7 +55,7 @@ def _weight(n, k, group_size=None, fmt="e3m2"):
     f = FORMATS[fmt]
     codes, scale = quantize(torch.randn(n, k) / 16, f, group_size)
     exact = dequantize(codes, scale, f, group_size, torch.float64)
-    return Weight(*pack(codes, f, CPU), scale, f, group_size), exact
+    return Weight(pack(codes, f, CPU), scale, f, group_size), exact
 
 
 def _check(out, x, exact, rounded_weights=False):
@@ -73,7 +72,7 @@ def _check(out, x, exact, rounded_weights=False):
 def test_all_codes_through_one_hot_activations(path, fmt, dtype):
     """Row n of the weight is code n in every place; one-hot rows of x read the values out, with nothing rounded."""
     codes = torch.arange(64, dtype=torch.uint8)[:, None].expand(64, 128).contiguous()
-    weight = Weight(*pack(codes, FORMATS[fmt], CPU), torch.ones(1, 64), FORMATS[fmt], None)
+    weight = Weight(pack(codes, FORMATS[fmt], CPU), torch.ones(1, 64), FORMATS[fmt], None)
     values = FORMATS[fmt].decode(codes[:, 0])
     x = torch.eye(128, dtype=dtype)
     expected = values.to(dtype).expand(128, 64)
@@ -100,8 +99,7 @@ def test_folded_scales_are_those_of_dequantize(n, k, group_size, m):
     if "amx" not in SUPPORTED:
         pytest.skip("this machine does not run amx")
     weight, _ = _weight(n, k, group_size)
-    w4, w2, scale, *_ = weight
-    meant = torch.ops.fp6.dequantize(w4, w2, scale, "e3m2", CPU, group_size, k, torch.bfloat16).double()
+    meant = torch.ops.fp6.dequantize(weight.planes, weight.scale, "e3m2", CPU, group_size, k, torch.bfloat16).double()
     x = torch.randn(m, k).bfloat16()
     _check(weight.by("amx", x), x, meant)
 
@@ -118,7 +116,7 @@ def test_blocks_against_float64(path, dtype, n, k, group_size):
 def test_the_operator_uses_the_kernel():
     weight, exact = _weight(48, 320, 32)
     x = torch.randn(2, 3, 640)[..., ::2]
-    out = torch.ops.fp6.mm(x, weight.w4, weight.w2, weight.scale, "e3m2", CPU, 32)
+    out = torch.ops.fp6.mm(x, weight.planes, weight.scale, "e3m2", CPU, 32)
     torch.testing.assert_close(out, x @ exact.float().T)
     assert torch.equal(out, weight.by(SUPPORTED[-1], x))
     assert torch._C._dispatch_has_kernel_for_dispatch_key("fp6::mm", "CPU")
@@ -127,7 +125,7 @@ def test_the_operator_uses_the_kernel():
 @pytest.mark.parametrize("group_size", [None, 7, 64])
 def test_other_dtypes_and_no_rows(group_size):
     weight, exact = _weight(8, 200, group_size)
-    arguments = (weight.w4, weight.w2, weight.scale, "e3m2", CPU, group_size)
+    arguments = (weight.planes, weight.scale, "e3m2", CPU, group_size)
     x = torch.randn(3, 200, dtype=torch.float64)
     torch.testing.assert_close(torch.ops.fp6.mm(x, *arguments), x @ exact.T, rtol=1e-6, atol=1e-6)
     assert torch.ops.fp6.mm(x[:0].half(), *arguments).shape == (0, 8)
@@ -137,7 +135,7 @@ def test_infinities_and_nan_reach_the_result(path):
     """An FP32 activation is multiplied in three parts; those of an infinity must not make it NaN."""
     codes = torch.ones(4, 64, dtype=torch.uint8)
     fmt = FORMATS["e3m2"]
-    weight = Weight(*pack(codes, fmt, CPU), torch.ones(1, 4), fmt, None)
+    weight = Weight(pack(codes, fmt, CPU), torch.ones(1, 4), fmt, None)
     for dtype in DTYPES:
         x = torch.zeros(3, 64, dtype=dtype)
         x[0, 3], x[1, 3], x[2, 3] = math.inf, -math.inf, math.nan
@@ -178,9 +176,9 @@ def test_planes_of_another_size_are_refused():
     weight, _ = _weight(8, 128)
     x = torch.randn(1, 128)
     with pytest.raises(ValueError, match=r"do not hold a weight \[8, 128\] in layout cpu.v1"):
-        torch.ops.fp6.mm(x, weight.w4[:1], weight.w2, weight.scale, "e3m2", CPU, None)
+        torch.ops.fp6.mm(x, [weight.planes[0][:1], weight.planes[1]], weight.scale, "e3m2", CPU, None)
     with pytest.raises(ValueError, match="need uint8, uint8 and float32"):
-        torch.ops.fp6.mm(x, weight.w4, weight.w2, weight.scale.half(), "e3m2", CPU, None)
+        torch.ops.fp6.mm(x, weight.planes, weight.scale.half(), "e3m2", CPU, None)
 
 
 _BUILD = "import torch; from fp6_compile import ops; ops.load(); print(*torch.ops.fp6.cpu_paths())"
@@ -217,7 +215,7 @@ from tests.support import close, dequantized_
 codes, scale = quantize(torch.randn(40, 300), FORMATS["e3m2"], None)
 x = torch.randn(2, 300)
 for _ in range(2):
-    out = torch.ops.fp6.mm(x, *pack(codes, FORMATS["e3m2"], CPU), scale, "e3m2", CPU, None)
+    out = torch.ops.fp6.mm(x, pack(codes, FORMATS["e3m2"], CPU), scale, "e3m2", CPU, None)
     torch.testing.assert_close(out, x @ dequantize(codes, scale, FORMATS["e3m2"], None, torch.float32).T)
 assert not torch._C._dispatch_has_kernel_for_dispatch_key("fp6::mm", "CPU")
 """

@@ -56,6 +56,19 @@ def test_ties_go_to_even(fmt):
     _same(weight, fmt, None)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_quotients_are_rounded_once(fmt):
+    """Scales that have no good inverse (a mantissa of ones), or whose inverse may underflow, and quotients near ties."""
+    generator = torch.Generator().manual_seed(0)
+    ones = torch.tensor(2 - 2.0**-23)
+    values = FORMATS[fmt].values()[:32]
+    middle = (values[1:] + values[:-1]) / 2
+    for scale in (ones, ones / 2**40, 1 + torch.rand((), generator=generator), torch.tensor(1e35), torch.tensor(1e-30)):
+        near = torch.randint(-3, 4, (40, 31), generator=generator) * 2.0**-23
+        weight = torch.cat([middle * scale * (1 + near), torch.full((40, 1), float(values[-1] * scale))], 1)
+        _same(torch.cat([weight, -weight]), fmt, None)
+
+
 def test_strided_weights():
     weight = torch.randn(96, 160).half()
     for view in (weight[:, 32:], weight.T, weight[::3], weight[5:, :70]):

@@ -99,7 +99,7 @@ def test_split_is_deterministic_and_leaves_no_trace():
     """Hundreds of programs race to be the last; every run gives the same bits, and the locks are zeros again."""
     codes, x = torch.randint(0, 64, (4096, 4096), dtype=torch.uint8), activations(3, 4096, F16, "cuda")
     planes = [plane.cuda() for plane in pack(codes, E3M2, layout_for(x.device, F16))]
-    arguments = (x, *planes, torch.rand(1, 4096, device="cuda"), E3M2, None)
+    arguments = (x, planes, torch.rand(1, 4096, device="cuda"), E3M2, None)
     assert choices(x.device, 3, 4096, 4096, None, F16, E3M2)[0].SPLIT_K > 1
     first = launch.mm(*arguments)
     for _ in range(100):
@@ -112,7 +112,7 @@ def test_split_inside_cuda_graphs_beside_each_other():
     codes = torch.randint(0, 64, (2048, 4096), dtype=torch.uint8)
     planes = [plane.cuda() for plane in pack(codes, E3M2, layout_for(torch.device("cuda"), F16))]
     x = [activations(m, 4096, F16, "cuda") for m in (2, 5)]
-    arguments = [(each, *planes, torch.ones(1, 2048, device="cuda"), E3M2, None) for each in x]
+    arguments = [(each, planes, torch.ones(1, 2048, device="cuda"), E3M2, None) for each in x]
     expected = [launch.mm(*each) for each in arguments]
     graphs = [torch.cuda.CUDAGraph() for _ in x]
     outputs = []

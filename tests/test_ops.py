@@ -17,7 +17,7 @@ def _packed(fmt="e3m2", layout=PLANES, group_size=None, n=N, k=K):
     """(the arguments of an operator after x, the float64 weight that they stand for)."""
     f = FORMATS[fmt]
     codes, scale = quantize(torch.randn(n, k) / 16, f, group_size)
-    return (*pack(codes, f, layout), scale, fmt, layout, group_size), dequantize(
+    return (pack(codes, f, layout), scale, fmt, layout, group_size), dequantize(
         codes, scale, f, group_size, torch.float64
     )
 
@@ -27,11 +27,11 @@ def _packed(fmt="e3m2", layout=PLANES, group_size=None, n=N, k=K):
 def test_all_codes_through_one_hot_activations(fmt, layout):
     """Row n of the weight is code n in every place; one-hot rows of x read the values out, with nothing rounded."""
     codes = torch.arange(64, dtype=torch.uint8)[:, None].expand(64, 256).contiguous()
-    w4, w2 = pack(codes, FORMATS[fmt], layout)
+    planes = pack(codes, FORMATS[fmt], layout)
     values = FORMATS[fmt].decode(codes[:, 0])
     for dtype in DTYPES:
         x = torch.eye(256, dtype=dtype)
-        out = torch.ops.fp6.mm(x, w4, w2, torch.ones(1, 64), fmt, layout, None)
+        out = torch.ops.fp6.mm(x, planes, torch.ones(1, 64), fmt, layout, None)
         torch.testing.assert_close(out, values.to(dtype).expand(256, 64), rtol=0, atol=0)
 
 
@@ -113,9 +113,8 @@ def test_fake_kernels_keep_symbolic_sizes():
     from torch.fx.experimental.proxy_tensor import make_fx
 
     packed, _ = _packed()
-    how, planes = packed[3:], packed[:3]
-    gm = make_fx(lambda x, *planes: torch.ops.fp6.mm(x, *planes, *how), tracing_mode="symbolic")(
-        torch.randn(3, 5, K), *planes
+    gm = make_fx(lambda x, planes, scale: torch.ops.fp6.mm(x, planes, scale, *packed[2:]), tracing_mode="symbolic")(
+        torch.randn(3, 5, K), *packed[:2]
     )
     (mm,) = gm.graph.find_nodes(op="call_function", target=torch.ops.fp6.mm.default)
     batch, length, n = mm.meta["val"].shape
@@ -138,21 +137,21 @@ def test_wrong_features_are_named():
     message = "fp6: x has 296 features, but the weight was packed with 300 inputs, padding included"
     with pytest.raises(RuntimeError, match=message):
         torch.ops.fp6.mm(torch.randn(2, 296), *packed)
-    with pytest.raises(RuntimeError, match=message), torch._subclasses.FakeTensorMode() as mode:
-        torch.ops.fp6.mm(
-            torch.randn(2, 296), *[mode.from_tensor(t) if isinstance(t, torch.Tensor) else t for t in packed]
-        )
+    mode = torch._subclasses.FakeTensorMode()
+    packed = torch.utils._pytree.tree_map_only(torch.Tensor, mode.from_tensor, packed)
+    with pytest.raises(RuntimeError, match=message), mode:
+        torch.ops.fp6.mm(torch.randn(2, 296), *packed)
 
 
 def test_wrong_groups_are_named():
-    (w4, w2, scale, *_), _ = _packed(group_size=32)
+    (planes, scale, *_), _ = _packed(group_size=32)
     with pytest.raises(RuntimeError, match="fp6: scale has 10 groups, 300 inputs in groups of 64 need 5"):
-        torch.ops.fp6.mm(torch.randn(2, K), w4, w2, scale, "e3m2", PLANES, 64)
+        torch.ops.fp6.mm(torch.randn(2, K), planes, scale, "e3m2", PLANES, 64)
 
 
 def test_unknown_format_and_layout_are_named():
-    (w4, w2, scale, *_), _ = _packed()
+    (planes, scale, *_), _ = _packed()
     with pytest.raises(ValueError, match="format: got 'e4m1', known formats are"):
-        torch.ops.fp6.mm(torch.randn(2, K), w4, w2, scale, "e4m1", PLANES, None)
+        torch.ops.fp6.mm(torch.randn(2, K), planes, scale, "e4m1", PLANES, None)
     with pytest.raises(ValueError, match="layout: got 'rows', known layouts are"):
-        torch.ops.fp6.mm(torch.randn(2, K), w4, w2, scale, "e3m2", "rows", None)
+        torch.ops.fp6.mm(torch.randn(2, K), planes, scale, "e3m2", "rows", None)

@@ -21,9 +21,9 @@ def kernel(monkeypatch, tmp_path):
         runs = 0
         off_by = 0.0
 
-        def __call__(self, config, x, w4, w2, scale, fmt, group_size):
+        def __call__(self, config, x, planes, scale, fmt, group_size):
             self.runs += 1
-            codes = unpack((w4, w2), fmt, layout_for(CUDA, x.dtype), scale.shape[1], x.shape[1])
+            codes = unpack(planes, fmt, layout_for(CUDA, x.dtype), scale.shape[1], x.shape[1])
             product = x.double() @ fmt.decode(codes).double().T
             product[3, 5] += self.off_by * (self.runs % selftest._REPETITIONS == 0)  # a race: seldom
             return product.to(x.dtype)

@@ -55,7 +55,7 @@ def test_split_is_deterministic_and_leaves_no_trace():
     layout = layout_for(torch.device("cuda"), F16)
     planes = pack(codes, E3M2, layout)
     tile = dataclasses.replace(TILE, SPLIT_K=4)
-    products, locks = interpreted(twice, tile, activations(5, 1024, F16), *planes, scale, E3M2, None)
+    products, locks = interpreted(twice, tile, activations(5, 1024, F16), planes, scale, E3M2, None)
     assert_close(products[0], products[1], rtol=0, atol=0)
     assert not locks.any()
     assert products.any()
@@ -83,7 +83,7 @@ def test_joined_slabs(tile, m, n, k, group, fmt, dtype):
 def test_dequantize_kernel(fmt, dtype, group):
     codes, scale = weight(40, 400, group)
     planes = pack(codes, fmt, layout_for(torch.device("cuda"), dtype))
-    actual = interpreted(dequantize, *planes, scale, fmt, group, 400, dtype)
+    actual = interpreted(dequantize, planes, scale, fmt, group, 400, dtype)
     assert_close(actual, dequantize_reference(codes, scale, fmt, group, dtype), rtol=0, atol=0)
 
 

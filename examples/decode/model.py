@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import fp6_compile.ops  # noqa: F401  (defines torch.ops.fp6)
 from examples.code_lm.model import CodeLM, ModelConfig, RMSNorm
 from fp6_compile.formats import get_format
-from fp6_compile.packing import layout_for, pack
+from fp6_compile.packing import layout_for, pack, plane_names
 from fp6_compile.quantize import quantize
 
 SIZES = {
@@ -30,22 +30,21 @@ SIZES = {
 class PackedLinear(nn.Module):
     """A linear without bias whose weight exists in six bits only."""
 
-    w4: Tensor
-    w2: Tensor
     scale: Tensor
 
     def __init__(self, weight: Tensor, format: str, group_size: int | None) -> None:
         super().__init__()
         fmt = get_format(format)
         self.format, self.group_size = format, group_size
-        self.layout = layout_for(weight.device, weight.dtype)
+        self.layout, self.names = layout_for(weight.device, weight.dtype), plane_names(fmt)
         codes, scale = quantize(weight, fmt, group_size)
-        for name, tensor in zip(("w4", "w2", "scale"), (*pack(codes, fmt, self.layout), scale), strict=True):
+        for name, tensor in zip((*self.names, "scale"), (*pack(codes, fmt, self.layout), scale), strict=True):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [*, K] to [*, N]."""
-        return torch.ops.fp6.mm(x, self.w4, self.w2, self.scale, self.format, self.layout, self.group_size)
+        planes = [getattr(self, name) for name in self.names]
+        return torch.ops.fp6.mm(x, planes, self.scale, self.format, self.layout, self.group_size)
 
 
 def build(

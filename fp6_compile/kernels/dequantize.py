@@ -5,6 +5,8 @@ The same numbers as `fp6::dequantize`: the code's value times the scale in float
 
 # mypy: allow-untyped-defs, disable-error-code="annotation-unchecked"
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -57,14 +59,14 @@ def dequantize_kernel(
 
 
 def dequantize(
-    w4: Tensor, w2: Tensor, scale: Tensor, fmt: Format, group_size: int | None, k: int, dtype: torch.dtype
+    planes: Sequence[Tensor], scale: Tensor, fmt: Format, group_size: int | None, k: int, dtype: torch.dtype
 ) -> Tensor:
     """The rows [N, k] in `dtype`, N = scale.shape[1]; planes in the slab layout of `dtype`, scale [G, N] of unit stride."""
     n = scale.shape[1]
-    out = torch.empty(n, k, dtype=dtype, device=w4.device)
-    grid = (w4.shape[0] * w4.shape[1],)
+    out = torch.empty(n, k, dtype=dtype, device=scale.device)
+    grid = (planes[0].shape[0] * planes[0].shape[1],)
     constants = {"GROUP_SIZE": group_size or 0, "EXPONENT_BITS": fmt.exponent_bits, "BF16": dtype == torch.bfloat16}
-    with device_of(w4):
-        asm = uses_asm(w4.device.type)
-        dequantize_kernel[grid](w4, w2, scale, out, n, k, scale.stride(0), **constants, USE_ASM=asm)
+    with device_of(scale):
+        asm = uses_asm(scale.device.type)
+        dequantize_kernel[grid](*planes, scale, out, n, k, scale.stride(0), **constants, USE_ASM=asm)
     return out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,12 +17,12 @@ from fp6_compile.packing import ROWS
 _SCRATCH = 1 << 26
 
 
-def mm(x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, fmt: Format, group_size: int | None) -> Tensor:
+def mm(x: Tensor, planes: Sequence[Tensor], scale: Tensor, fmt: Format, group_size: int | None) -> Tensor:
     """x @ weight.T.
 
     Args:
         x: [M, K], float16, bfloat16 or float32, any strides; on a GPU, or on the CPU when Triton's interpreter is on.
-        w4, w2: the weight [N, K] in the slab layout that `packing.layout_for` gives for a GPU and x's dtype.
+        planes: the weight [N, K] in the slab layout that `packing.layout_for` gives for a GPU and x's dtype.
         scale: [G, N] float32; G is 1 when group_size is None.
         fmt: the format of the codes.
         group_size: inputs per scale; `config.supports(group_size)` must be None.
@@ -33,13 +35,13 @@ def mm(x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, fmt: Format, group_size
         return torch.empty(m, n, dtype=x.dtype, device=x.device)
     config = choices(x.device, m, n, k, group_size, x.dtype, fmt)[0]
     if config is None:
-        return vendor_mm(x, w4, w2, scale, fmt, group_size)
+        return vendor_mm(x, planes, scale, fmt, group_size)
     if x.stride(1) != 1:
         x = x.contiguous()
-    return run(config, x, w4, w2, scale, fmt, group_size)
+    return run(config, x, planes, scale, fmt, group_size)
 
 
-def vendor_mm(x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, fmt: Format, group_size: int | None) -> Tensor:
+def vendor_mm(x: Tensor, planes: Sequence[Tensor], scale: Tensor, fmt: Format, group_size: int | None) -> Tensor:
     """The same by way of the vendor's matmul, some rows of the weight at a time as floats. x is not float32.
 
     Rounds as a float weight would: each weight once to x's dtype, the sum once.
@@ -47,8 +49,8 @@ def vendor_mm(x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, fmt: Format, gro
     (m, k), n = x.shape, scale.shape[1]
     out = torch.empty(m, n, dtype=x.dtype, device=x.device)
     tiles = max(1, _SCRATCH // (k * ROWS))
-    for first in range(0, w4.shape[0], tiles):
-        rows, planes = slice(first * ROWS, (first + tiles) * ROWS), slice(first, first + tiles)
-        weight = dequantize(w4[planes], w2[planes], scale[:, rows], fmt, group_size, k, x.dtype)
+    for first in range(0, planes[0].shape[0], tiles):
+        rows, some = slice(first * ROWS, (first + tiles) * ROWS), slice(first, first + tiles)
+        weight = dequantize([plane[some] for plane in planes], scale[:, rows], fmt, group_size, k, x.dtype)
         torch.mm(x, weight.T, out=out[:, rows])
     return out

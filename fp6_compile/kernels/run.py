@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -23,7 +24,7 @@ def uses_asm(device_type: str) -> bool:
 
 
 def run(
-    config: Config, x: Tensor, w4: Tensor, w2: Tensor, scale: Tensor, fmt: Format, group_size: int | None
+    config: Config, x: Tensor, planes: Sequence[Tensor], scale: Tensor, fmt: Format, group_size: int | None
 ) -> Tensor:
     """x @ weight.T by the tile `config`; the arguments are `launch.mm`'s, x with unit stride along K and M, N > 0."""
     (m, k), n = x.shape, scale.shape[1]
@@ -37,7 +38,7 @@ def run(
     options = {} if INTERPRETED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
     constants = constexprs(config, fmt, group_size, k, uses_asm(x.device.type))
     with device_of(x):
-        mm_kernel[grid](x, w4, w2, scale, out, parts, locks, m, n, k, x.stride(0), **constants, **options)
+        mm_kernel[grid](x, *planes, scale, out, parts, locks, m, n, k, x.stride(0), **constants, **options)
     return out
 
 

@@ -54,10 +54,10 @@ def _is_exact(device: torch.device, dtype: torch.dtype, fmt: Format, group_size:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 2**fmt.bits, (_N, _K), dtype=torch.uint8, generator=generator)
     x = torch.randint(-1, 2, (_M, _K), generator=generator).to(device, dtype)
-    w4, w2 = (plane.to(device) for plane in pack(codes, fmt, layout_for(device, dtype)))
+    planes = [plane.to(device) for plane in pack(codes, fmt, layout_for(device, dtype))]
     scale = torch.ones(-(-_K // group_size) if group_size else 1, _N, device=device)
     exact = (x.double() @ fmt.decode(codes).to(device).double().T).to(dtype)
-    runs = (run(config, x, w4, w2, scale, fmt, group_size) for _ in range(_REPETITIONS))
+    runs = (run(config, x, planes, scale, fmt, group_size) for _ in range(_REPETITIONS))
     return all(torch.equal(product, exact) for product in runs)
 
 

@@ -40,29 +40,29 @@ _template = inductor.TritonTemplate(
 _vendor = inductor.ExternKernelChoice(mm_by_vendor, "fp6_mm_by_vendor", has_out_variant=False)
 
 
-def lower_mm(x: Any, w4: Any, w2: Any, scale: Any, format: str, layout: str, group_size: int | None) -> Any:
+def lower_mm(x: Any, planes: Sequence[Any], scale: Any, format: str, layout: str, group_size: int | None) -> Any:
     """The lowering of fp6::mm: x [*, K] -> [*, N]."""
     *leading, k = x.get_size()
     m, n = sympy.prod(leading), scale.get_size()[1]
     static = all(isinstance(size, sympy.Integer) and size > 0 for size in (m, n, k))
     if not (static and has_kernel(x.get_device(), x.get_dtype(), layout, group_size)):
-        return _call_eager(x, w4, w2, scale, format, layout, group_size)
+        return _call_eager(x, planes, scale, format, layout, group_size)
     problem = (x.get_device(), int(m), int(n), int(k), group_size, x.get_dtype(), get_format(format))
     configs = kernels_device.choices(*problem)
     if not inductor.autotunes():
         configs = configs[:1]
     if configs == (None,):
-        return _call_eager(x, w4, w2, scale, format, layout, group_size)
+        return _call_eager(x, planes, scale, format, layout, group_size)
     lower = inductor.lowerings
-    x, *planes = inductor.realize_inputs(lower[aten.reshape](x, [m, k]), w4, w2, scale)
+    x, *weight = inductor.realize_inputs(lower[aten.reshape](x, [m, k]), *planes, scale)
     if x.get_stride()[1] != 1:
         x = lower[aten.clone](x, memory_format=torch.contiguous_format)
     how = {"format": format, "group_size": group_size}
     first = configs[0]
     if first is not None and first.SPLIT_K > 1 and split_k.reduction_follows(inductor.V.graph.current_node):
-        out = _in_parts([x, *planes], [c for c in configs if c is not None and c.SPLIT_K == first.SPLIT_K], how)
+        out = _in_parts([x, *weight], [c for c in configs if c is not None and c.SPLIT_K == first.SPLIT_K], how)
     else:
-        out = _whole([x, *planes], configs, how)
+        out = _whole([x, *weight], configs, how)
     return lower[aten.reshape](out, [*leading, n])
 
 

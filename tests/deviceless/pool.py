@@ -1,6 +1,6 @@
 """Run Triton kernels on CPU tensors: one long-lived process in which Triton interprets.
 
-    out = interpreted(launch.mm, x, w4, w2, scale, fmt, None)
+    out = interpreted(launch.mm, x, planes, scale, fmt, None)
 
 Triton decides when a kernel is defined whether `@triton.jit` compiles or interprets, so a test process, which also compiles,
 cannot do both. The function is named, not sent: the child imports its module anew, with the interpreter on. One process

@@ -61,9 +61,10 @@ struct Call {
   int64_t m, k, n, group;
   bool grouped;
 
-  Call(const Tensor& x_, const Tensor& w4_, const Tensor& w2_, const Tensor& scale_, std::string_view format,
-       optional<int64_t> group_size)
-      : w4(w4_.contiguous()), w2(w2_.contiguous()), scale(scale_.contiguous()) {
+  Call(const Tensor& x_, at::TensorList planes, const Tensor& scale_, std::string_view format, optional<int64_t> group_size)
+      : scale(scale_.contiguous()) {
+    TORCH_CHECK_VALUE(planes.size() == 2, "fp6: got ", planes.size(), " planes, layout cpu.v1 has w4 and w2");
+    w4 = planes[0].contiguous(), w2 = planes[1].contiguous();
     TORCH_CHECK_VALUE(w4.scalar_type() == at::kByte && w2.scalar_type() == at::kByte && scale.scalar_type() == at::kFloat,
                       "fp6: w4, w2 and scale are ", w4.dtype(), ", ", w2.dtype(), " and ", scale.dtype(),
                       ", need uint8, uint8 and float32");
@@ -134,25 +135,25 @@ Tensor run(const Call& call, int path, bool blocks, at::IntArrayRef leading) {
 }
 
 // What no kernel takes: other layouts and dtypes.
-Tensor by_rows(const Tensor& x, const Tensor& w4, const Tensor& w2, const Tensor& scale, c10::string_view format,
-               c10::string_view layout, optional<int64_t> group_size) {
+Tensor by_rows(const Tensor& x, at::TensorList planes, const Tensor& scale, c10::string_view format, c10::string_view layout,
+               optional<int64_t> group_size) {
   auto& dispatcher = c10::Dispatcher::singleton();
   static const auto op = dispatcher.findSchemaOrThrow("fp6::mm_by_rows", "").typed<decltype(by_rows)>();
-  return op.call(x, w4, w2, scale, format, layout, group_size);
+  return op.call(x, planes, scale, format, layout, group_size);
 }
 
-Tensor mm(const Tensor& x, const Tensor& w4, const Tensor& w2, const Tensor& scale, c10::string_view format,
-          c10::string_view layout, optional<int64_t> group_size) {
-  if (layout != "cpu.v1" || !parts_of(x.scalar_type())) return by_rows(x, w4, w2, scale, format, layout, group_size);
-  const Call call(x, w4, w2, scale, format, group_size);
+Tensor mm(const Tensor& x, at::TensorList planes, const Tensor& scale, c10::string_view format, c10::string_view layout,
+          optional<int64_t> group_size) {
+  if (layout != "cpu.v1" || !parts_of(x.scalar_type())) return by_rows(x, planes, scale, format, layout, group_size);
+  const Call call(x, planes, scale, format, group_size);
   const int path = call.best_path();
   return run(call, path, !call.fits_kernel() || (path != kAmx && call.m >= kVendorFrom), x.sizes());
 }
 
 // A path by name, one way or the other: for tests and experiments.
-Tensor mm_by(const Tensor& x, const Tensor& w4, const Tensor& w2, const Tensor& scale, c10::string_view format,
+Tensor mm_by(const Tensor& x, at::TensorList planes, const Tensor& scale, c10::string_view format,
              optional<int64_t> group_size, c10::string_view path, bool blocks) {
-  const Call call(x, w4, w2, scale, format, group_size);
+  const Call call(x, planes, scale, format, group_size);
   TORCH_CHECK_VALUE(parts_of(x.scalar_type()), "fp6: x: got ", x.dtype(), ", need float16, bfloat16 or float32");
   TORCH_CHECK_VALUE(blocks || call.fits_kernel(), "fp6: group_size: got ", call.group, ", the kernel takes multiples of 32");
   return run(call, path_named(path), blocks, x.sizes());
@@ -164,7 +165,7 @@ TORCH_LIBRARY_FRAGMENT(fp6, library) {
   library.def("cpu_paths() -> str[]", supported_paths);
   library.def("cpu_add_format(str name, Tensor values) -> ()", add_format);
   library.def(
-      "cpu_mm(Tensor x, Tensor w4, Tensor w2, Tensor scale, str format, int? group_size, str path, bool blocks)"
+      "cpu_mm(Tensor x, Tensor[] planes, Tensor scale, str format, int? group_size, str path, bool blocks)"
       " -> Tensor");
 }
 

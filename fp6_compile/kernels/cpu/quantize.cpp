@@ -5,17 +5,12 @@
 #include <memory>
 
 #include "bits.h"
+#include "encode.h"
 #include "fp6.h"
 #include "parallel.h"
 
 #ifdef FP6_X86
 #include <immintrin.h>
-#endif
-
-#if defined(FP6_X86) && defined(__linux__) && !defined(FP6_SERIAL)  // clones are resolved before sanitizers are up
-#define FP6_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define FP6_CLONES
 #endif
 
 #define FP6_EXPORT extern "C" __attribute__((visibility("default")))
@@ -24,8 +19,6 @@ namespace {
 using namespace fp6;
 
 constexpr int64_t kWorthAThread = 1 << 16;  // weights
-constexpr uint32_t kMagnitude = 0x7FFFFFFF;
-constexpr uint32_t kInfinity = 0x7F800000;
 constexpr float kTiny = 1.17549435e-38f;  // the smallest normal number
 
 // An FP16 as a float: its exponent moves up by 112, and a subnormal loses the implicit one that this gives it. Infinities
@@ -58,28 +51,22 @@ FP6_CLONES void floats_of_bf16(const uint16_t* in, int64_t count, float* out) {
 }
 
 // The largest magnitude, as bits: they are ordered as the floats are, and NaN comes after infinity.
-FP6_CLONES uint32_t largest(const float* in, int64_t count) {
-  uint32_t most = 0;
+FP6_CLONES uint16_t largest(const uint16_t* in, int64_t count) {
+  uint16_t most = 0;
   for (int64_t i = 0; i < count; i++) {
-    const uint32_t magnitude = bits_of(in[i]) & kMagnitude;
+    const uint16_t magnitude = in[i] & 0x7FFF;
     most = magnitude > most ? magnitude : most;
   }
   return most;
 }
 
-// The nearest codes of in / scale: Format.encode in formats.py, which says why.
-FP6_CLONES void encode(const float* in, int64_t count, float scale, int exponent_bits, int mantissa_bits, uint8_t* out) {
-  const int bias = (1 << (exponent_bits - 1)) - 1, bits = 1 + exponent_bits + mantissa_bits, up = 23 - mantissa_bits;
-  const int32_t low = 128 - bias, magic_add = (up << 23) + (1 << 22), most = (1 << (bits - 1)) - 1;
+FP6_CLONES uint32_t largest(const uint32_t* in, int64_t count) {
+  uint32_t most = 0;
   for (int64_t i = 0; i < count; i++) {
-    const uint32_t value = bits_of(in[i] / scale), magnitude = value & kMagnitude;
-    int32_t power = static_cast<int32_t>(magnitude & kInfinity);
-    power = power < low << 23 ? low << 23 : power;
-    const int32_t magic = power + magic_add;
-    const int32_t sum = static_cast<int32_t>(bits_of(float_of(magnitude) + float_of(magic)));
-    const int32_t code = sum - magic + (power >> up) - (low << mantissa_bits);
-    out[i] = static_cast<uint8_t>((code < most ? code : most) | (value >> 31) << (bits - 1));
+    const uint32_t magnitude = in[i] & kMagnitude;
+    most = magnitude > most ? magnitude : most;
   }
+  return most;
 }
 
 // A tile of codes, [4][kTile], as the three vectors of the layout: a and b in w4, c in w2.
@@ -139,11 +126,23 @@ struct Source {
 
   // Row `row` as floats, in `buffer` or where it is.
   const float* row(int64_t row, int64_t k, float* buffer) const {
-    const char* at = data + row * stride * (dtype == kFloats ? 4 : 2);
-    if (dtype == kFloats) return reinterpret_cast<const float*>(at);
-    if (dtype == kHalfs) floats_of_halves(reinterpret_cast<const uint16_t*>(at), k, buffer);
-    if (dtype == kBf16s) floats_of_bf16(reinterpret_cast<const uint16_t*>(at), k, buffer);
+    const void* at = address(row, 0);
+    if (dtype == kFloats) return static_cast<const float*>(at);
+    if (dtype == kHalfs) floats_of_halves(static_cast<const uint16_t*>(at), k, buffer);
+    if (dtype == kBf16s) floats_of_bf16(static_cast<const uint16_t*>(at), k, buffer);
     return buffer;
+  }
+  // The largest magnitude of some inputs, as the bits of a float; from 2^16 on, of halfs that are not finite.
+  uint32_t most(int64_t row, int64_t from, int64_t count) const {
+    const void* at = address(row, from);
+    if (dtype == kFloats) return largest(static_cast<const uint32_t*>(at), count);
+    const uint16_t bits = largest(static_cast<const uint16_t*>(at), count);
+    return dtype == kHalfs ? bits_of(float_of_half(bits)) : uint32_t{bits} << 16;
+  }
+
+ private:
+  const void* address(int64_t row, int64_t from) const {
+    return data + (row * stride + from) * (dtype == kFloats ? 4 : 2);
   }
 };
 
@@ -154,6 +153,7 @@ struct Source {
 FP6_EXPORT void fp6_quantize(const void* weight, int dtype, int64_t stride, int64_t n, int64_t k, int64_t group,
                              int exponent_bits, int mantissa_bits, float max, uint8_t* w4, uint8_t* w2, float* scale) {
   const Source source{static_cast<const char*>(weight), dtype, stride};
+  const Codes of{exponent_bits, mantissa_bits};
   const int64_t tiles = (k + kTile - 1) / kTile, ld = tiles * kTile;
   const uint32_t beyond = dtype == kHalfs ? bits_of(65536.0f) : kInfinity;
   at::parallel_for(0, (n + kRows - 1) / kRows, 1 + kWorthAThread / (kRows * k), [&](int64_t begin, int64_t end) {
@@ -166,14 +166,13 @@ FP6_EXPORT void fp6_quantize(const void* weight, int dtype, int64_t stride, int6
           std::memset(codes.get() + r * ld, 0, ld);
           continue;
         }
-        const float* values = source.row(row, k, floats.get());
         for (int64_t from = 0, g = 0; from < k; from += group, g++) {
           const int64_t count = from + group < k ? group : k - from;
-          const uint32_t most = largest(values + from, count);
+          const uint32_t most = source.most(row, from, count);
           const float of_max = float_of(most) / max, s = most == 0 ? 1.0f : of_max < kTiny ? kTiny : of_max;
           scale[g * n + row] = most >= beyond ? float_of(kInfinity + 1) : s;
-          if (most < beyond) encode(values + from, count, s, exponent_bits, mantissa_bits, codes.get() + r * ld + from);
         }
+        encode({source.row(row, k, floats.get()), k, group, scale + row, n}, of, codes.get() + r * ld);
       }
       for (int64_t tile = 0; tile < tiles; tile++) {
         const int64_t at = strip * tiles + tile;
