@@ -10,11 +10,11 @@ import torch.nn.functional as F
 
 from examples.accuracy import __main__ as command
 from examples.accuracy import corpus, metrics, study, table
-from examples.accuracy.compress import compress, compressed
+from examples.accuracy.compress import compressed
 from examples.accuracy.encoder import Encoder, find_encoder
 from examples.accuracy.language import CausalModel, CodeModel, Sample
 from examples.accuracy.rows import Rows
-from examples.accuracy.settings import GRIDS, Setting
+from examples.accuracy.settings import Setting
 from examples.code_lm import data
 
 SMALL = Sample(windows=3, length=64, prompts=3, greedy=2, context=48, count=6, calibration=4, batch=2)
@@ -112,43 +112,44 @@ def test_sampling_by_noise_has_the_models_distribution(code_model):
     assert code_model.noise[:, 2:].all()
 
 
-@pytest.mark.parametrize("name", GRIDS)
-def test_grids_round_to_the_nearest(name):
-    grid = GRIDS[name]
-    codes = torch.arange(2**grid.bits - (1 if name.startswith("int") else 0)).to(torch.uint8)
-    values = grid.decode(codes)
-    assert values.max() == grid.max == -values.min()
-    assert torch.equal(grid.decode(grid.encode(values)), values)
-    x = 1.2 * grid.max * (2 * torch.rand(999, generator=torch.Generator().manual_seed(3)) - 1)
-    nearest = (x[:, None] - values).abs().amin(-1)
-    torch.testing.assert_close((grid.decode(grid.encode(x)) - x).abs(), nearest)
-
-
 def test_bits_are_counted_and_auto_takes_the_better_format():
     weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(4))
-    sizes = [compress(weight, Setting(name, group)).stored_bits / weight.numel() for name, group in SIZES]
-    assert sizes == [6 + 32 / 256, 6.5, 4.25, 16]
-    heavy = weight.pow(5)
-    for w, best in ((weight, "e2m3"), (heavy, "e3m2")):
-        assert torch.equal(compress(w, Setting("auto")).weight, compress(w, Setting(best)).weight)
+    linear = torch.nn.Linear(256, 128, bias=False)
+    books = {}
+
+    def run(w, *setting):
+        linear.weight = torch.nn.Parameter(w, requires_grad=False)
+        with compressed(torch.nn.Sequential(linear), {"0": linear}, Setting(*setting)) as books[setting]:
+            return linear.weight.clone()
+
+    for setting in SIZES:
+        run(weight, *setting)
+    sizes = [books[setting].stored_bits / weight.numel() for setting in SIZES]
+    assert sizes == [6 + 32 / 256, 6.5, 4.25, 16, 6 + 32 / 256 + 8 * 16 * (128 + 256) / (128 * 256)]
+    assert books["fp16", None].sqnr["0"] > 70
+    for w, best in ((weight, "e2m3"), (weight.pow(5), "e3m2")):
+        assert torch.equal(run(w, "auto"), run(w, best))
+        assert not torch.equal(run(w, "auto"), w)
 
 
-SIZES = [("e2m3", None), ("e3m2", 64), ("int4", 128), ("fp16", None)]
+SIZES = [("e2m3", None), ("e3m2", 64), ("int4", 128), ("fp16", None), ("e2m3", None, "lorc")]
 
 
 def test_weights_come_back_whatever_happens(code_model):
     before = {name: linear.weight.clone() for name, linear in code_model.linears().items()}
 
+    inputs = code_model.calibration("own")
+
     def fail():
-        with compressed(code_model.linears(), Setting("int4")) as (bits, layers):
+        with compressed(code_model.model, code_model.linears(), Setting("int4", None, "bias"), inputs) as books:
             changed = [name for name, linear in code_model.linears().items() if not linear.weight.equal(before[name])]
-            assert len(changed) == len(layers) == 43
-            assert 4 < bits < 4.2
+            assert len(changed) == len(books.sqnr) == 43
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert all(torch.equal(linear.weight, before[name]) for name, linear in code_model.linears().items())
+    assert all(linear.bias is None for linear in code_model.linears().values())
 
 
 def test_an_unchanged_model_loses_nothing_and_a_broken_one_much(code_model):
@@ -159,7 +160,7 @@ def test_an_unchanged_model_loses_nothing_and_a_broken_one_much(code_model):
     assert same.figures["bits_per_byte"] == pytest.approx(expected)
     assert same.figures["perplexity"] == pytest.approx(2**expected)
     assert same.losses @ same.weights / same.weights.sum() == pytest.approx(same.figures["kl"])
-    with compressed(code_model.linears(), Setting("e2m1")):
+    with compressed(code_model.model, code_model.linears(), Setting("e2m1")):
         broken = code_model.measure()
     assert broken.figures["kl"] > 1e-3
     assert broken.figures["top1"] < 1
@@ -167,7 +168,7 @@ def test_an_unchanged_model_loses_nothing_and_a_broken_one_much(code_model):
 
 def test_calibration_is_not_what_is_measured_on(code_model):
     measured = {bytes(row.tolist()) for row in code_model.windows[:, :-1].clamp(min=0)}
-    for kind in ("code", "prose", "noise"):
+    for kind in ("own", "other", "noise"):
         batches = [batch["tokens"] for batch in code_model.calibration(kind)]
         assert sum(map(len, batches)) == SMALL.calibration
         assert measured.isdisjoint(bytes(row.tolist()) for row in torch.cat(batches))
@@ -216,7 +217,7 @@ def test_a_causal_model_of_transformers_by_path(tmp_path):
     assert same.figures["kl"] == pytest.approx(0, abs=1e-6)
     assert same.figures["greedy"] == 1
     assert subject.bytes == sum(int((window != data.PADDING).sum()) - 1 for window in subject.windows)
-    assert next(subject.calibration("text"))["input_ids"].shape == (2, 64)
+    assert next(subject.calibration("own"))["input_ids"].shape == (2, 64)
 
 
 def test_an_unchanged_encoder_loses_nothing(encoder):
@@ -237,7 +238,7 @@ def test_an_unchanged_encoder_loses_nothing(encoder):
     [("e3m2", None, 6.3e-3), ("e2m3", None, 3.0e-3), ("int4", None, 8.6e-2), ("e2m3", 64, 1.7e-3)],
 )
 def test_the_encoders_loss_is_the_published_one(encoder, format, group, expected):
-    with compressed(encoder.linears(), Setting(format, group)):
+    with compressed(encoder.model, encoder.linears(), Setting(format, group)):
         assert encoder.measure().figures["cosine"] == pytest.approx(expected, rel=0.1)
 
 
@@ -245,7 +246,7 @@ def test_the_command(tmp_path, capsys):
     arguments = ["--quick", "--subjects", "code", "--out", str(tmp_path / "study")]
     command.main(arguments)
     printed = capsys.readouterr().out
-    assert "[5/5]" in printed
+    assert "[6/6]" in printed
     rows = json.loads((tmp_path / "study.json").read_text())
     assert [row["label"] for row in rows] == [setting.label for setting in command.settings.quick()]
     assert {"torch", "commit", "date"} <= rows[0].keys()
@@ -254,7 +255,7 @@ def test_the_command(tmp_path, capsys):
     assert (tmp_path / "study.png").stat().st_size > 10_000
     assert len((tmp_path / "study.csv").read_text().splitlines()) == 1 + len(rows)
     command.main(arguments)
-    assert "0 of 5 rows to measure" in capsys.readouterr().out
+    assert "0 of 6 rows to measure" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         command.main(["--model", str(tmp_path)])
     assert "--model needs --text" in capsys.readouterr().err

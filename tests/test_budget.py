@@ -15,7 +15,9 @@ def _total(choices, taken):
 
 def _random(seed):
     draw = random.Random(seed)
-    return [[Choice(bits * draw.choice([1, 2, 4]), draw.random() * 4.0**-bits) for bits in (4, 5, 6, 8)] for _ in range(5)]
+    return [
+        [Choice(bits * draw.choice([1, 2, 4]), draw.random() * 4.0**-bits) for bits in (4, 5, 6, 8)] for _ in range(5)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(5))

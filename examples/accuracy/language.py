@@ -36,10 +36,10 @@ class Sample:
 
     windows: int = 96
     length: int = 512
-    prompts: int = 48
+    prompts: int = 32
     greedy: int = 16
     context: int = 96
-    count: int = 80
+    count: int = 64
     calibration: int = 48
     batch: int = 8
 
@@ -79,7 +79,7 @@ class LanguageModel(Subject):
         raise NotImplementedError
 
     def calibration(self, kind: str) -> Iterator[dict[str, Any]]:
-        """Windows of the training source, of prose, or of whatever `kinds` has."""
+        """Windows of what `kinds` has under that name."""
         windows, _, _ = self._windows(self.kinds[kind](), self.sample.calibration)
         full = windows[(windows != data.PADDING).all(1)]
         return (self.inputs(part) for part in full[:, :-1].split(self.sample.batch))
@@ -173,7 +173,10 @@ class CodeModel(LanguageModel):
         split = data.load_split()
         calibrate_prose, prose = corpus.split_prose()
         documents = {"code": split.held_out, "prose": prose}[text]
-        kinds = {"code": lambda: _pieces(split.train), "prose": lambda: calibrate_prose, "noise": _noise}
+        own, other = "own", "other"
+        if text == "prose":
+            own, other = other, own
+        kinds = {own: lambda: _pieces(split.train), other: lambda: calibrate_prose, "noise": noise}
         super().__init__(
             *(
                 f"{path.parent.name if path == WEIGHTS else path.stem} on {text}",
@@ -212,7 +215,8 @@ class CausalModel(LanguageModel):
         tokenizer = AutoTokenizer.from_pretrained(path)
         config = AutoConfig.from_pretrained(path)
         model = half_precision(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
-        kinds = {} if calibrate is None else {"text": lambda: _chapters(calibrate.read_bytes())}
+        calibrate = calibrate or text
+        kinds = {"own": lambda: _chapters(calibrate.read_bytes()), "noise": noise}
         super().__init__(
             path.name,
             model,
@@ -249,7 +253,7 @@ def _chapters(text: bytes, size: int = 8192) -> dict[str, bytes]:
     return {f"{i:05}": text[start : start + size] for i, start in enumerate(range(0, len(text), size))}
 
 
-def _noise() -> dict[str, bytes]:
-    """Bytes that mean nothing, with the frequencies of nothing."""
-    generator = torch.Generator().manual_seed(1)
-    return {f"{i:05}": bytes(torch.randint(32, 127, (1024,), generator=generator).tolist()) for i in range(64)}
+def noise(count: int = 64) -> dict[str, bytes]:
+    """Documents of printable characters that mean nothing."""
+    drawn = torch.randint(32, 127, (count, 1024), generator=torch.Generator().manual_seed(1))
+    return {f"{i:05}": bytes(row) for i, row in enumerate(drawn.tolist())}

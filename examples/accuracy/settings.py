@@ -1,51 +1,57 @@
-"""The rows of the study: a format, a group size and an algorithm, as data.
-
-What a row's weights are stored in is a *grid*: a `Format` of floating-point codes, or an `Integer` of even ones. Both
-have `bits`, `max`, `encode` and `decode`, which is all that scales and algorithms ask for.
-"""
+"""The rows of the study: a format, a group size and an algorithm, as data."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from fp6_compile.algorithms import (
+    GPTQ,
+    RTN,
+    Algorithm,
+    BiasCorrection,
+    Clip,
+    Integer,
+    LearnedRounding,
+    LoRC,
+    PowerOfTwo,
+    Search,
+    Weighted,
+    nupes,
+)
 from fp6_compile.formats import Format
+from fp6_compile.quantize import Grid
 
+# E4M3 here has no NaN: its largest number is 480, not 448.
+FORMATS = {name: Format(name, int(name[1]), int(name[3])) for name in ("e4m3", "e3m2", "e2m3", "e3m1", "e2m2", "e2m1")}
+GRIDS: dict[str, Grid] = {**FORMATS, "int8": Integer(8), "int6": Integer(6), "int4": Integer(4)}
+# What "auto" chooses from, layer by layer: among six bits, and for a target size.
+SIX_BITS = ("e2m3", "e3m2")
+MIXED = ("e2m1", "e2m2", "e3m1", *SIX_BITS)
 
-@dataclass(frozen=True)
-class Integer:
-    """Symmetric integers -max..max of `bits` bits; the code of value v is v + max (uint8)."""
-
-    name: str
-    bits: int
-
-    @property
-    def max(self) -> float:
-        """The largest value: 7 for four bits, 127 for eight."""
-        return float(2 ** (self.bits - 1) - 1)
-
-    def encode(self, values: Tensor) -> Tensor:
-        """The nearest codes, ties to even; magnitudes above `max` saturate."""
-        return (values.round().clamp(-self.max, self.max) + self.max).to(torch.uint8)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """The values of codes, float32."""
-        return codes.float() - self.max
-
-
-GRIDS: dict[str, Format | Integer] = {
-    **{name: Format(name, int(name[1]), int(name[3])) for name in ("e4m3", "e3m2", "e2m3", "e3m1", "e2m2", "e2m1")},
-    **{name: Integer(name, int(name[3])) for name in ("int8", "int6", "int4")},
+# As many scales as quantize_(scale="mse") tries, from 0.7 to 1.3 times absmax.
+_CLIP, _WEIGHTED = Clip(20, 0.7, 1.3), Weighted(20, 0.7, 1.3)
+ALGORITHMS: dict[str, Algorithm] = {
+    "rtn": RTN(),
+    "mse": _CLIP,
+    "lorc": LoRC(_CLIP, rank=8),
+    "pow2": PowerOfTwo(RTN()),
+    "nupes": nupes(6, _CLIP),
+    "weighted": _WEIGHTED,
+    "bias": BiasCorrection(_CLIP),
+    "rounding": LearnedRounding(_WEIGHTED),
+    "gptq-rtn": GPTQ(RTN()),  # on absmax scales, as the papers'
+    "gptq": GPTQ(_WEIGHTED),
+    "lorc-gptq": LoRC(GPTQ(_WEIGHTED), rank=8, weighted=True),
 }
-# "auto" takes, layer by layer, the one with the least error of the weight.
-SIX_BITS = ("e3m2", "e2m3")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row. `group` None is per channel; `calibration` is the kind of text that statistics come from."""
+    """One row. `group` None is per channel; `calibration` is the text that statistics come from.
+
+    That is "own", more of what the subject is measured on, "other", another kind of text, or "noise".
+    """
 
     format: str = "fp16"
     group: int | None = None
@@ -55,7 +61,7 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """For people, and the key of the row: `e2m3 g64 gptq (code)`."""
+        """For people, and the key of the row: `e2m3 g64 gptq (own)`."""
         if self.format == "fp16":
             return "fp16"
         group = "channel" if self.group is None else f"g{self.group}"
@@ -63,20 +69,50 @@ class Setting:
         text = f" ({self.calibration})" if self.calibration else ""
         return f"{self.format}{target} {group} {self.algorithm}{text}"
 
+    @property
+    def method(self) -> Algorithm:
+        """The algorithm of that name; "auto" tries both six-bit formats on every weight, as LLM-FP4 does."""
+        base = ALGORITHMS[self.algorithm]
+        if self.format != "auto" or self.target_bits:
+            return base
+        return Search(base, tuple(FORMATS[name] for name in SIX_BITS))
+
+    @property
+    def grid(self) -> Grid:
+        """What the algorithm starts from."""
+        return GRIDS[SIX_BITS[0] if self.format in ("auto", "fp16") else self.format]
+
+
+def _rows(formats: Iterable[str], groups: Iterable[int | None], *algorithms: str) -> list[Setting]:
+    needs = {name: "own" if ALGORITHMS[name].needs else None for name in algorithms}
+    return [Setting(f, g, name, text) for f in formats for g in groups for name, text in needs.items()]
+
 
 def full() -> list[Setting]:
     """The rows of the study."""
-    plain = [Setting(), Setting("e4m3"), Setting("int8")]
-    six = [
-        Setting(name, group, algorithm)
-        for name in (*SIX_BITS, "auto")
-        for group in (None, 128, 64)
-        for algorithm in ("rtn", "mse")
+    groups = (None, 128, 64)
+    return [
+        Setting(),
+        *_rows(["e4m3", "int8"], [None], "rtn"),
+        *_rows(["e3m2", "e2m3"], groups, "rtn", "mse", "weighted", "gptq", "lorc"),
+        *_rows(["int4"], [None, 64], "rtn", "gptq-rtn", "gptq"),
+        *[Setting(name, None, "gptq", text) for name in ("e2m3", "int4") for text in ("other", "noise")],
+        *_rows(["e2m2", "e3m1", "e2m1"], [None, 64], "rtn"),
+        *_rows(["e2m2", "e2m1"], [None, 64], "gptq"),
+        *_rows(["auto"], groups, "rtn", "mse", "weighted", "gptq", "lorc"),
+        *_rows(["e2m3"], [None], "pow2", "bias", "rounding", "lorc-gptq"),
+        *_rows(["int6"], [None], "rtn", "nupes"),
     ]
-    fewer = [Setting(name, group) for name in ("e2m2", "e3m1", "e2m1", "int4") for group in (None, 64)]
-    return [*plain, *six, *fewer]
+
+
+def overfit() -> list[Setting]:
+    """The rows for another kind of text: what calibration on the right one and on the wrong one is worth."""
+    texts, grids = ("own", "other", "noise"), (("e2m3", None), ("int4", None), ("int4", 64))
+    gptq = [Setting(name, g, "gptq", text) for name, g in grids for text in texts]
+    return [Setting(), *_rows(["e3m2", "e2m3", "int4"], [None], "rtn"), Setting("int4", 64), *gptq]
 
 
 def quick() -> list[Setting]:
     """Few rows of each kind, for tests."""
-    return [Setting(), Setting("e3m2"), Setting("e2m3"), Setting("auto", 64, "mse"), Setting("int4")]
+    calibrated = Setting("e2m3", None, "gptq-rtn", "own")
+    return [Setting(), Setting("e3m2"), Setting("e2m3"), Setting("auto", 64, "mse"), calibrated, Setting("int4")]

@@ -35,11 +35,12 @@ def run(subject: Subject, settings: Sequence[Setting], rows: Rows) -> None:
 
 def measure(subject: Subject, setting: Setting) -> Row:
     """One row: sizes, errors and figures of `subject` under `setting`. The subject is then as it was."""
-    linears = subject.linears()
-    with compressed(linears, setting) as (bits, error):
+    inputs = subject.calibration(setting.calibration) if setting.calibration else ()
+    with compressed(subject.model, subject.linears(), setting, inputs) as books:
+        bits, error = books.stored_bits / books.weights, books.sqnr
         figures, losses, weights = subject.measure()
     # The mean noise over layers, as a share of the signal.
-    noise = sum(10 ** (-value / 10) for value in error.values()) / len(error)
+    noise = sum(10 ** (-value / 10) for value in error.values()) / max(len(error), 1)
     return {
         "subject": subject.name,
         "size": subject.size,

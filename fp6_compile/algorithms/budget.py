@@ -2,13 +2,15 @@
 
 The model's error is taken to be the sum of the errors of its weights, each times the weight's sensitivity: the second-order
 model of HAWQ-V2 (arXiv 1911.03852, section 3). One choice per weight under a sum of sizes is a knapsack. Its Lagrangian
-relaxation (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 36 (9), 1988) is
-solved by walking: from the smallest choices, always the step along a weight's convex hull that saves most error per bit.
+relaxation (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 36 (9),
+1988) is solved by walking: from the smallest choices, always the step along a weight's convex hull that saves most error
+per bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -32,7 +34,7 @@ def allocate(choices: Sequence[Sequence[Choice]], budget: float) -> list[int]:
     steps = [
         (_slope(choices[weight][here], choices[weight][there]), weight, here, there)
         for weight, hull in enumerate(hulls)
-        for here, there in zip(hull, hull[1:], strict=False)
+        for here, there in pairwise(hull)
     ]
     # Steepest first; on a convex hull a weight's own steps then come in their order.
     for _, weight, here, there in sorted(steps):
