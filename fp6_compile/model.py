@@ -27,7 +27,7 @@ from fp6_compile.storage import Entry, folder_entries, read
 from fp6_compile.tensor import DTYPES, PackedTensor
 
 
-@dataclass
+@dataclass(eq=False)
 class Place:
     """A parameter or buffer and everywhere it is found: tied ones have several names."""
 

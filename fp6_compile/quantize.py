@@ -49,6 +49,9 @@ class Grid(Protocol):
     def decode(self, codes: Tensor) -> Tensor:
         """The float32 numbers that codes stand for."""
 
+    def round(self, values: Tensor) -> Tensor:
+        """decode(encode(values)), in a new tensor."""
+
 
 def quantize(
     weight: Tensor,
@@ -142,7 +145,7 @@ def _mse_scale(w: Tensor, fmt: Grid, importance: Tensor | None, ratios: Sequence
     best, least = absmax, torch.full_like(absmax, torch.inf)
     for ratio in ratios:
         s = absmax * ratio
-        error = (fmt.decode(fmt.encode(w / s)) * s - w).square_()
+        error = fmt.round(w / s).mul_(s).sub_(w).square_()
         error = (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
         best, least = torch.where(error < least, s, best), torch.minimum(error, least)
     return best

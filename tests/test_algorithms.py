@@ -53,7 +53,7 @@ def test_statistics_are_those_of_all_batches():
     wide = x.double()
     torch.testing.assert_close(stats.mean, wide.mean(0))
     torch.testing.assert_close(stats.second_moment, wide.square().mean(0))
-    torch.testing.assert_close(stats.hessian, wide.T @ wide / 200)
+    torch.testing.assert_close(stats.hessian(), wide.T @ wide / 200)
     assert torch.equal(stats.absmax, x.abs().amax(0))
 
 
@@ -63,7 +63,7 @@ def test_tokens_with_nan_are_left_out_and_counted():
     bad[3, 5], bad[9, 0] = torch.nan, torch.inf
     stats, clean = Statistics.of(bad, hessian=True), Statistics.of(x[[i for i in range(200) if i not in (3, 9)]], True)
     assert (stats.count, stats.left_out) == (198, 2)
-    torch.testing.assert_close(stats.hessian, clean.hessian)
+    torch.testing.assert_close(stats.hessian(), clean.hessian())
     assert torch.equal(stats.absmax, clean.absmax)
 
 
@@ -113,7 +113,7 @@ def test_gptq_does_what_the_paper_says():
     """Algorithm 1 written out, one row and one input at a time, in float64."""
     w, x = _layer(2, n=5, k=40)
     stats = Statistics.of(x, hessian=True, dtype=torch.float64)
-    h = stats.hessian
+    h = stats.hessian()
     h += 0.01 * h.diagonal().mean() * torch.eye(40)
     upper = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
     scale = RTN()(w, E2M1, None).scale[0].double()
@@ -311,3 +311,20 @@ def test_fp8_is_a_format():
     for fmt, dtype in ((Format("e4m3", 4, 3), torch.float8_e4m3fn), (Format("e5m2", 5, 2), torch.float8_e5m2)):
         kept = values[values.abs() < torch.finfo(dtype).max]
         assert torch.equal(fmt.decode(fmt.encode(kept)), kept.to(dtype).float())
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [*FORMATS, Format("e4m3", 4, 3), Integer(4), Integer(4, halves=True), Power(4, 0.5)],
+    ids=lambda g: g.name,
+)
+def test_round_is_decode_of_encode(grid):
+    """At all numbers, halfway between them, next to halfway, beyond the grid, and at subnormal floats."""
+    numbers = grid.decode(torch.arange(2**grid.bits, dtype=torch.uint8)).unique()
+    halfway = (numbers[1:] + numbers[:-1]) / 2
+    near = [torch.nextafter(halfway, halfway + sign) for sign in (1.0, -1.0)]
+    ends = torch.tensor([1e-45, -1e-40, 1e-20, 3e38, -3e38, 1.001 * grid.max, -2 * grid.max])
+    values = torch.cat([numbers, halfway, *near, ends])
+    before = values.clone()
+    assert torch.equal(grid.round(values), grid.decode(grid.encode(values)))
+    assert torch.equal(values, before)

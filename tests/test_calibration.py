@@ -1,6 +1,7 @@
 """calibrate_: what each layer is quantized by, in what order, and what is left behind."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import fp6_compile
 from fp6_compile import PackedTensor, calibrate_, quantize_
-from fp6_compile.algorithms import GPTQ, RTN, BiasCorrection, Clip, LoRC, Statistics, Weighted
+from fp6_compile.algorithms import GPTQ, RTN, BiasCorrection, Clip, LoRC, Needs, Statistics, Weighted
 from fp6_compile.formats import FORMATS, Format
 from fp6_compile.lowrank import LowRankLinear
 from tests.support import SwiGLU, close
@@ -227,3 +228,144 @@ def test_extras_compile_without_graph_breaks(with_extras, captured):
         close(compiled(INPUTS[0]), with_extras(INPUTS[0]), roundings=16)
     assert captured.targets().count("fp6.mm") == 8
     assert copy.deepcopy(with_extras).head.low_rank_a.shape == (DIM, 4)
+
+
+class Kill(BaseException):
+    pass
+
+
+class Doomed(GPTQ):
+    """GPTQ that dies at the n-th weight."""
+
+    left = 0
+
+    def __call__(self, *args):
+        Doomed.left -= 1
+        if Doomed.left == 0:
+            raise Kill
+        return super().__call__(*args)
+
+    def __repr__(self):
+        return "Doomed"
+
+
+@pytest.mark.parametrize("weights", [1, 4, 6, 9])
+def test_a_killed_calibration_goes_on_to_the_same_bits(weights, tmp_path):
+    """Blocks of three weights, so that it dies in the first, second and third, and at the end."""
+    how = {"format": "e2m3", "group_size": 32, "equalize": 0.5}
+    extras = {"algorithm": BiasCorrection(LoRC(Doomed(), rank=2))}
+    torch.manual_seed(0)
+    expected, model, again = (Normed(3).half() for _ in range(3))
+    again.load_state_dict(expected.state_dict())
+    model.load_state_dict(expected.state_dict())
+    Doomed.left = 0
+    report = calibrate_(expected, INPUTS, **how, **extras)
+    Doomed.left = weights
+    with pytest.raises(Kill):
+        calibrate_(model, INPUTS, **how, **extras, resume=tmp_path)
+    blocks = sorted(path.name for path in tmp_path.glob("block-*.pt"))
+    assert blocks == [f"block-{i:05}.pt" for i in range((weights - 1) // 3)]
+    (tmp_path / "block-00002.partial").write_bytes(b"cut off")
+    Doomed.left = 0
+    assert calibrate_(again, INPUTS, **how, **extras, resume=tmp_path) == report
+    assert again.state_dict().keys() == expected.state_dict().keys()
+    for name, value in expected.named_parameters():
+        assert torch.equal(again.get_parameter(name), value), name
+    with pytest.raises(ValueError, match="resume: .* is of a calibration with other algorithm and inputs; empty it"):
+        calibrate_(Normed(3).half(), INPUTS[:1], **how, algorithm=GPTQ(), resume=tmp_path)
+
+
+class Normed(Tower):
+    """With norms before gate and up, some inputs much larger than others, and another reader of some norms' outputs."""
+
+    class Block(Tower.Block):
+        reads = 0.0
+
+        def __init__(self, dim: int, hidden: int) -> None:
+            super().__init__(dim, hidden)
+            self.norm = nn.LayerNorm(dim)
+            nn.init.uniform_(self.norm.weight, 0.01, 3)
+            nn.init.uniform_(self.norm.bias)
+
+        def forward(self, x, scale, *, mask=None):
+            y = self.norm(x)
+            out = self.down(torch.relu(self.gate(y)) * self.up(y))
+            return x + (out + self.reads * y) * scale, mask
+
+
+class Read(Normed):
+    class Block(Normed.Block):
+        reads = 0.5
+
+
+class PlusOne(Normed):
+    """Gemma's norm: x (1 + weight)."""
+
+    class Block(Normed.Block):
+        class Norm(nn.LayerNorm):
+            def forward(self, x):
+                return nn.functional.layer_norm(x, (DIM,)) * (1 + self.weight)
+
+        def __init__(self, dim: int, hidden: int) -> None:
+            super().__init__(dim, hidden)
+            self.norm = self.Norm(dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unchanged:
+    """Leaves weights as they are, to see what else changes; keeps the statistics it is given."""
+
+    seen: list = dataclasses.field(default_factory=list)
+    needs = Needs.HESSIAN
+
+    def __call__(self, weight, grid, group_size, stats):
+        self.seen.append((weight, stats))
+        raise ValueError("unchanged")
+
+
+@pytest.mark.parametrize(("make", "moves"), [(Normed, True), (Read, False), (PlusOne, False)])
+def test_equalization_leaves_the_models_output_unchanged(make, moves):
+    torch.manual_seed(0)
+    model = make().float()
+    inputs = [x.float() for x in INPUTS]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = [model(x).detach() for x in inputs]
+    calibrate_(model, inputs, algorithm=Unchanged(seen := []), float32=True, equalize=0.5)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    names = [f"blocks.{i}.{n}" for i in range(2) for n in ("gate.weight", "up.weight", "norm.weight", "norm.bias")]
+    assert changed == (set(names) if moves else set())
+    for x, y in zip(inputs, expected, strict=True):
+        close(model(x).detach(), y, roundings=16)
+    _, stats = seen[1]
+    weights = torch.cat([seen[0][0], seen[1][0]])
+    if moves:  # equation 4 with a = 1/2: inputs and weights end with the same range
+        ratio = stats.absmax / weights.abs().amax(0)
+        torch.testing.assert_close(ratio, ratio.mean().expand(DIM), rtol=1e-3, atol=0)
+    found = Statistics(DIM, True)
+    model.blocks[1].up.register_forward_pre_hook(lambda module, args: found.add(args[0]))
+    for x in inputs:
+        model(x)
+    stats = seen[4][1]
+    torch.testing.assert_close(stats.hessian(), found.hessian(), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(stats.mean, found.mean, rtol=1e-3, atol=1e-5)
+
+
+def test_from_a_folder_block_by_block(tmp_path):
+    """The model is never in memory whole: when a block is calibrated, later ones are on the meta device."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
+    expected, original = _tower(), _tower()
+    safetensors.save_file(original.state_dict(), tmp_path / "model.safetensors")
+    calibrate_(expected, INPUTS, algorithm=GPTQ())
+    with fp6_compile.empty_parameters():
+        model = Tower().half()
+    present = []
+
+    class Watch(GPTQ):
+        def __call__(self, *args):
+            present.append([not block.gate.weight.is_meta for block in model.blocks])
+            return super().__call__(*args)
+
+    calibrate_(model, INPUTS, algorithm=Watch(), source=tmp_path)
+    assert present == [[True, False]] * 3 + [[True, True]] * 5
+    for name, value in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), value)

@@ -7,6 +7,7 @@
     gptq          error feedback through the inverse Hessian
     rounding      learned rounding
     lorc          low-rank factors of the error
+    equalize      inputs against weights, folded into the norm between
     bias          the mean error into the bias
     search        exponent bits and clipping per layer (LLM-FP4), power exponents (NUPES)
     scales        powers of two; zero points

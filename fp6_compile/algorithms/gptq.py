@@ -1,6 +1,6 @@
 """GPTQ (arXiv 2210.17323, section 3): round one input's weights after the other, and let those still to come make up for it.
 
-With H = E[x x^T] and the upper triangular U of H^-1 = U^T U, the error e = (w_k - q_k) / U_kk of input k is taken from the
+With H = E[x x^T] and a triangular U of H^-1 = U^T U, the error e = (w_k - q_k) / U_kk of input k is taken from the
 weights of later inputs j, times U_kj: their best answer to it (algorithm 1). Updates of later blocks of inputs wait until a
 block is done, and are then one matmul. From the paper are also the damping of H's diagonal (1 % of its mean) and, from its
 code, the order: inputs with the largest E[x_k^2] first, while many can still answer. Scales are fixed beforehand, so
@@ -31,7 +31,7 @@ class GPTQ:
     Args:
         base: finds the scales.
         damping: share of H's mean diagonal that is added to the diagonal.
-        order: inputs by falling E[x_k^2], rather than as they stand.
+        order: inputs by falling E[x_k^2], rather than as they stand (the paper).
     """
 
     base: Algorithm = field(default_factory=RTN)
@@ -46,51 +46,62 @@ class GPTQ:
         start = self.base(weight, grid, group_size, stats)
         if stats is None:
             return start
-        hessian = stats.hessian
-        columns = torch.arange(len(hessian), device=hessian.device)
+        columns = torch.arange(weight.shape[1], device=weight.device).flip(0)
         if self.order:
-            columns = hessian.diagonal().argsort(descending=True, stable=True)
-        factor = inverse_factor(hessian[columns][:, columns], self.damping)
+            columns = stats.second_moment.argsort(stable=True)
+        factor = inverse_factor(stats, columns, self.damping)
         codes = torch.empty_like(start.codes)
         for rows in row_blocks(len(weight)):
             w = weight[rows].to(factor.dtype)[:, columns].T.contiguous()
             if start.offset is not None:
                 w -= start.offset[_groups(columns, group_size)][:, rows]
             codes[rows, columns] = _feed_back(w, start.scale[_groups(columns, group_size)][:, rows], factor, grid).T
+        del factor
         return better_rows(weight, start, replace(start, codes=codes), stats)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """The upper triangular U of (H + d I)^-1 = U^T U, where d is `damping` times the mean diagonal of H.
+def inverse_factor(stats: Statistics, columns: Tensor, damping: float) -> Tensor:
+    """The lower triangular M of (H + d I)^-1 = M^T M, H in the order of `columns`; d is `damping` times H's mean diagonal.
 
-    From one Cholesky decomposition instead of the paper's two and an inverse: the factor of H with both axes reversed is,
-    reversed back, upper triangular R with H = R R^T, and U = R^-1. Damping grows tenfold until it succeeds. Dead inputs have
-    d on the diagonal and nothing beside it: they are rounded to nearest and answer to nobody.
+    H = L L^T and M = L^-1: one decomposition, where the paper has two and an inverse, because inputs are quantized from the
+    last to the first: M read backwards is the paper's upper triangular factor. All happens in one [K, K] matrix. Damping
+    grows tenfold until it succeeds. A dead input has d on the diagonal and nothing beside it: it is rounded to nearest and
+    answers to nobody.
     """
-    mean = float(hessian.diagonal().mean())
+    mean = float(stats.second_moment.mean())
     extra = damping * mean if mean > 0 else 1.0
     while True:
-        damped = hessian.flip(0, 1)
-        damped.diagonal().add_(extra)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        matrix = stats.hessian(columns).mT  # symmetric; LAPACK works in place on columns
+        matrix.diagonal().add_(extra)
+        failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not failed:
-            break
+            return _invert_(matrix)
         extra = max(10 * extra, 1e-6 * mean)
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+
+
+def _invert_(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, in its place: halves, and what lies between them."""
+    half = len(lower) // 2
+    if half < 128:
+        identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+        return lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+    first, last = _invert_(lower[:half, :half]), _invert_(lower[half:, half:])
+    lower[half:, :half] = -(last @ (lower[half:, :half] @ first))
+    return lower
 
 
 def _feed_back(w: Tensor, scale: Tensor, factor: Tensor, grid: Grid) -> Tensor:
-    """Codes [K, N] of w [K, N], which is overwritten; scale [K, N]."""
+    """Codes [K, N] of w [K, N], which is overwritten, from the last input to the first; scale [K, N]."""
     codes = torch.empty_like(w, dtype=torch.uint8)
-    for begin in range(0, len(w), _BLOCK):
-        end = min(begin + _BLOCK, len(w))
+    for end in range(len(w), 0, -_BLOCK):
+        begin = max(end - _BLOCK, 0)
         errors = w.new_empty(end - begin, w.shape[1])
-        for k in range(begin, end):
+        for k in reversed(range(begin, end)):
             codes[k] = grid.encode(w[k] / scale[k])
             errors[k - begin] = (w[k] - grid.decode(codes[k]) * scale[k]) / factor[k, k]
-            w[k + 1 : end].addr_(factor[k, k + 1 : end], errors[k - begin], alpha=-1)
-        w[end:].addmm_(factor[begin:end, end:].T, errors, alpha=-1)
+            w[begin:k].addr_(factor[k, begin:k], errors[k - begin], alpha=-1)
+        w[:begin].addmm_(factor[begin:end, :begin].T, errors, alpha=-1)
     return codes
 
 

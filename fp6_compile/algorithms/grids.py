@@ -41,6 +41,11 @@ class Integer:
         """float32."""
         return codes.to(torch.float32) - (2 ** (self.bits - 1) - (0.5 if self.halves else 0.0))
 
+    def round(self, values: Tensor) -> Tensor:
+        """decode(encode(values))."""
+        shift = 0.5 if self.halves else 0.0
+        return (values - shift).round_().add_(shift).clamp_(-self.max, self.max)
+
 
 @dataclass(frozen=True)
 class Power:
@@ -72,3 +77,7 @@ class Power:
         """float32."""
         number = codes.to(torch.float32).sub_(self._top)
         return (number.abs() / self._top).pow_(1 / self.exponent).copysign_(number)
+
+    def round(self, values: Tensor) -> Tensor:
+        """decode(encode(values))."""
+        return self.decode(self.encode(values))

@@ -19,7 +19,7 @@ from torch import Tensor
 from fp6_compile.algorithms.statistics import Statistics
 from fp6_compile.quantize import Grid, dequantize
 
-_ROWS = 2048  # outputs worked on together: what bounds the memory of a large head
+_ROWS = 1024  # outputs worked on together: what bounds the memory of a large head
 
 
 class Needs(IntEnum):
@@ -92,15 +92,10 @@ def per_weight(values: Tensor, group_size: int | None, k: int) -> Tensor:
 def output_error(weight: Tensor, approximation: Tensor, stats: Statistics | None) -> Tensor:
     """Of each row of [N, K]: the mean squared error of its output over the calibration set, or what is known of it.
 
-    E[(e x)^2] = e E[x x^T] e^T with the Hessian; the sum of e_k^2 E[x_k^2] with moments; the sum of e_k^2 without.
+    Without statistics, the squared error of the weights.
     """
     error = approximation - weight
-    if stats is None:
-        return error.square().sum(1)
-    if stats.has_hessian:
-        hessian = stats.hessian
-        return ((error.to(hessian.dtype) @ hessian) * error).sum(1)
-    return error.square() @ stats.second_moment.float()
+    return error.square().sum(1) if stats is None else stats.mean_square(error)
 
 
 def better_rows(weight: Tensor, start: Quantized, other: Quantized, stats: Statistics) -> Quantized:

@@ -45,7 +45,7 @@ class LearnedRounding:
         target = weight.float() - (0 if start.offset is None else per_weight(start.offset, group_size, k))
         down, up = neighbours(target / scale, grid)
         low, high = grid.decode(down) * scale, grid.decode(up) * scale
-        chosen = self._learn(target, low, high, stats.hessian.float()) >= 0.5
+        chosen = self._learn(target, low, high, stats.hessian().float()) >= 0.5
         return better_rows(weight, start, replace(start, codes=torch.where(chosen, up, down)), stats)
 
     def _learn(self, target: Tensor, low: Tensor, high: Tensor, hessian: Tensor) -> Tensor:

@@ -70,12 +70,19 @@ class Statistics:
         """E[x^2], [K], float64; zero where an input is dead."""
         return self._squares / max(self.count, 1)
 
-    @property
-    def hessian(self) -> Tensor:
+    def hessian(self, columns: Tensor | None = None) -> Tensor:
         """E[x x^T], [K, K]; half the Hessian of the squared error. Raises ValueError if it was not kept."""
         if self._gram is None:
             raise ValueError("statistics: the Hessian was not kept: Statistics(k, hessian=True)")
-        return self._gram / max(self.count, 1)
+        gram = self._gram.clone() if columns is None else self._gram[columns[:, None], columns]
+        return gram.div_(max(self.count, 1))
+
+    def mean_square(self, rows: Tensor) -> Tensor:
+        """E[(r x)^2] of each row r of [N, K]: exact with the Hessian, as if inputs were uncorrelated without; [N]."""
+        if self._gram is None:
+            return rows.square() @ self.second_moment.to(rows.dtype)
+        rows = rows.to(self._gram.dtype)
+        return (rows @ self._gram).mul_(rows).sum(1).div_(max(self.count, 1))
 
     def equalized(self, factors: Tensor) -> Statistics:
         """Of inputs divided by `factors` [K]."""

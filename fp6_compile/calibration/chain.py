@@ -73,6 +73,11 @@ class Chain:
             args, kwargs = _insert(calls[index], hidden)
             yield _hidden_of(self.blocks[index](*args, **kwargs))
 
+    def look(self, index: int) -> None:
+        """Run a block for the sake of its hooks."""
+        for _ in self.run(index):
+            pass
+
     def advance(self, index: int) -> None:
         """Run a block and keep what it returns for the next."""
         for batch, out in enumerate(self.run(index)):

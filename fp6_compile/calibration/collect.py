@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fp6_compile.algorithms import Needs, Statistics
 from fp6_compile.model import Place
 
 
 @dataclass
-class _Shared:
+class Shared:
     """Linears that get the same tensor, as q, k and v do, share what is known of it."""
 
     stats: Statistics
     latest: Tensor | None = None
     calls: int = 0
+    norm: nn.Module | None = None
+    linears: list[nn.Module] = field(default_factory=list)
 
 
 class Collector:
-    """Hooks on the linears of some places; `with Collector(...) as found:` and run the model.
+    """Hooks on the linears of some places: run the model in `with collector.hooks():`.
 
     Linears whose first input is one and the same tensor share statistics from then on: those of all distinct inputs of any
     of them. So do linears that share a weight.
@@ -31,7 +34,8 @@ class Collector:
 
     def __init__(self, places: list[Place], needs: Needs) -> None:
         self.needs = needs
-        self._of: dict[int, _Shared] = {}
+        self._norms: dict[nn.Module, Tensor] = {}
+        self._of: dict[int, Shared] = {}
         self._linears = [(place, m) for place in places for m, name in place.owners if name == "weight"]
 
     def __getitem__(self, place: Place) -> Statistics | None:
@@ -44,17 +48,24 @@ class Collector:
         shared = self._of.get(id(place))
         return shared.stats.left_out if shared is not None else 0
 
+    def behind_norms(self) -> list[tuple[nn.Module, list[nn.Module], Shared]]:
+        """(norm, linears that get its output, what they share), in the order of the first call."""
+        found = {id(shared): shared for shared in self._of.values()}
+        return [(shared.norm, shared.linears, shared) for shared in found.values() if shared.norm is not None]
+
     @contextlib.contextmanager
-    def hooks(self) -> Iterator[None]:
-        """While open, what the linears are called with is added."""
-        handles = [
+    def hooks(self, modules: Iterable[nn.Module] = ()) -> Iterator[None]:
+        """While open, what the linears are called with is added; norms among `modules` are recognized as their inputs."""
+        handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._hook(place), with_kwargs=True) for place, module in self._linears
         ]
+        handles += [module.register_forward_hook(self._note_norm) for module in modules if _is_norm(module)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            self._norms.clear()
             for shared in self._of.values():
                 shared.latest = None
 
@@ -63,6 +74,8 @@ class Collector:
             x = args[0] if args else kwargs["input"]
             shared = self._of.get(id(place)) or self._first(x)
             self._of[id(place)] = shared
+            if module not in shared.linears:
+                shared.linears.append(module)
             if shared.latest is not x:
                 shared.stats.add(x)
                 shared.latest = x
@@ -70,8 +83,21 @@ class Collector:
 
         return see
 
-    def _first(self, x: Tensor) -> _Shared:
+    def _first(self, x: Tensor) -> Shared:
         for shared in self._of.values():
             if shared.latest is x and shared.calls == 1:
                 return shared
-        return _Shared(Statistics(x.shape[-1], self.needs >= Needs.HESSIAN, x.device))
+        norm = next((norm for norm, out in self._norms.items() if out is x), None)
+        return Shared(Statistics(x.shape[-1], self.needs >= Needs.HESSIAN, x.device), norm=norm)
+
+    def _note_norm(self, module: nn.Module, args: Any, out: Any) -> None:
+        if isinstance(out, Tensor):
+            self._norms[module] = out
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A leaf whose parameters are a weight [K] and perhaps a bias [K]."""
+    parameters = dict(module.named_parameters())
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    known = parameters.keys() <= {"weight", "bias"} and weight is not None and weight.dim() == 1
+    return known and (bias is None or bias.shape == weight.shape)  # type: ignore[union-attr]

@@ -12,16 +12,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fp6_compile.algorithms import RTN, Algorithm, Needs, Quantized
+from fp6_compile.algorithms import RTN, Algorithm, Needs
 from fp6_compile.calibration.chain import Chain, find_blocks, quiet
 from fp6_compile.calibration.collect import Collector
+from fp6_compile.calibration.layer import quantize_linear, restore
+from fp6_compile.calibration.smooth import equalize_
+from fp6_compile.calibration.state import Done, State, digest, text_digest
 from fp6_compile.config import Options
-from fp6_compile.formats import FORMATS, get_format
-from fp6_compile.lowrank import FACTORS, grow
+from fp6_compile.formats import get_format
 from fp6_compile.model import Place, Values, is_weight, keep, places, refusal
-from fp6_compile.packing import PLANES, pack
 from fp6_compile.quantize import Grid
 from fp6_compile.report import LinearReport, Report, log_report, progress
 from fp6_compile.storage import folder_entries
@@ -41,6 +42,8 @@ def calibrate_(
     device: torch.device | str | None = None,
     source: str | os.PathLike[str] | None = None,
     blocks: str | None = None,
+    equalize: float | None = None,
+    resume: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Replace the weight of every nn.Linear of `model` by a PackedTensor that `algorithm` made, from what the model does.
 
@@ -55,23 +58,34 @@ def calibrate_(
         device, source: as for `quantize_`: with `source` and empty parameters, blocks are read when their turn comes.
         blocks: the name of the module whose children are the blocks; None takes the longest nn.ModuleList, "" none: the
             whole model at once.
+        equalize: SmoothQuant's migration strength (0.5 there): before a block is quantized, its norms are equalized with the
+            linears behind them, where that leaves the block's output as it is.
+        resume: a folder for the state; a calibration that was killed goes on from the last whole block, to the same bits. Of
+            no use without inputs.
 
     Returns:
         What was quantized, what was left alone and why; notes on linears that were never called (they are quantized as
         without data) and on tokens that were left out for NaN. It is logged, too.
 
     Raises:
-        ValueError: a bad option; no inputs where the algorithm needs some; a model that is no chain of blocks. The model is
-            then as it was, but for tensors that were read from `source`.
+        ValueError: a bad option; no inputs where the algorithm needs some; a model that is no chain of blocks; `resume`
+            has another calibration's state. The model is then as it was, but for tensors that were read from `source`.
     """
     algorithm = algorithm or RTN()
+    if equalize is not None and not 0 <= equalize <= 1:
+        raise ValueError(f"equalize: got {equalize!r}, needs a number from 0 to 1, or None")
     grid = get_format(format) if isinstance(format, str) else format
     given = {"group_size": group_size, "skip": list(skip), "min_features": min_features, "float32": float32}
     options = Options.parse(None, given)
-    run = _Run(getattr(model, "_orig_mod", model), algorithm, grid, options, device, source)
+    run = _Run(getattr(model, "_orig_mod", model), algorithm, grid, options, device, source, equalize)
+    found = find_blocks(run.model, blocks)
     with quiet(run.model):
-        run.all(find_blocks(run.model, blocks), inputs)
-    report = Report(tuple(run.lines[id(place)] for place in run.places if id(place) in run.lines), grid.name)
+        if algorithm.needs == Needs.NOTHING and equalize is None:
+            run.without_data(found)
+        else:
+            run.with_data(found, inputs, resume)
+    names = [place.names[0] for place in run.places]
+    report = Report(tuple(run.lines[name] for name in names if name in run.lines), grid.name)
     log_report(report)
     return report
 
@@ -87,6 +101,7 @@ class _Run:
         options: Options,
         device: torch.device | str | None,
         source: str | os.PathLike[str] | None,
+        equalize: float | None,
     ) -> None:
         self.model, self.algorithm, self.grid, self.options = model, algorithm, grid, options
         self.target = (
@@ -95,31 +110,52 @@ class _Run:
         self.places = places(model)
         self.values = Values(self.places, {} if source is None else folder_entries(source), self.target)
         self.refusals = {id(p): refusal(p, options, self.target) for p in self.places if is_weight(p, options)}
-        self.lines: dict[int, LinearReport] = {}
+        self.equalize = equalize
+        self.lines: dict[str, LinearReport] = {}
 
-    def all(self, blocks: list[nn.Module], inputs: Iterable[Any]) -> None:
+    def without_data(self, blocks: list[nn.Module]) -> None:
+        """Quantize all linears."""
+        parts, rest = self._split(blocks)
+        for part in progress([*parts, rest], "fp6: packing"):
+            self._quantize(part, None)
+
+    def with_data(self, blocks: list[nn.Module], inputs: Iterable[Any], resume: str | os.PathLike[str] | None) -> None:
         """Quantize the blocks, one by one, and then the rest."""
         parts, rest = self._split(blocks)
-        if self.algorithm.needs == Needs.NOTHING:
-            for part in progress([*parts, rest], "fp6: packing"):
-                self._quantize(part, None)
-            return
         for place in rest + (parts[0] if parts else []):
             self._fetch(place)
         chain = Chain(self.model, blocks, inputs)
+        state = State(resume, self._about(chain) if resume is not None else {})
         for index, part in enumerate(progress(parts, "fp6: calibrating")):
+            done = state.load(index)
             for place in part:
-                self._fetch(place)
-            collector = self._collector(part)
-            with collector.hooks():
-                for _ in chain.run(index):
-                    pass
-            self._quantize(part, collector)
+                if done is None or place.names[0] not in done.tensors:
+                    self._fetch(place)
+            if done is None:
+                collector = self._collector(part)
+                with collector.hooks(blocks[index].modules() if self.equalize is not None else ()):
+                    chain.look(index)
+                smooth = {} if self.equalize is None else equalize_(chain, index, part, collector, self.equalize)
+                done = self._quantize(part, collector)
+                state.save(index, Done(smooth | done.tensors, done.lines))
+            else:
+                restore(self.model, part, done.tensors)
+                self.lines |= done.lines
             chain.advance(index)
         collector = self._collector(rest)
         with collector.hooks():
             chain.rest()
         self._quantize(rest, collector)
+
+    def _about(self, chain: Chain) -> dict[str, str]:
+        """What tells this calibration from others."""
+        shapes = (f"{name} {list(p.shape)} {p.dtype}" for name, p in self.model.named_parameters())
+        return {
+            "algorithm": repr(self.algorithm),
+            "options": repr((self.grid, self.options, self.equalize)),
+            "model": text_digest(shapes),
+            "inputs": digest((chain.inputs, chain.hidden)),
+        }
 
     def _split(self, blocks: list[nn.Module]) -> tuple[list[list[Place]], list[Place]]:
         """The places of each block, and the rest; one that several share belongs to the first."""
@@ -142,55 +178,14 @@ class _Run:
     def _collector(self, part: list[Place]) -> Collector:
         return Collector([place for place in part if self._taken(place)], self.algorithm.needs)
 
-    def _quantize(self, part: list[Place], collector: Collector | None) -> None:
+    def _quantize(self, part: list[Place], collector: Collector | None) -> Done:
+        done = Done({}, {})
         for place in part:
             if collector is None:
                 self._fetch(place)
             if id(place) in self.refusals:
-                self.lines[id(place)] = self._line(place, collector)
-
-    def _add(self, place: Place, found: Quantized) -> None:
-        """Give every linear that has the weight its factors and its bias."""
-        for module, _ in place.owners:
-            for attribute, factor in zip(FACTORS, found.low_rank or (), strict=False):
-                grow(module, attribute, factor)
-            if found.shift is not None:
-                bias = getattr(module, "bias", None)
-                shifted = found.shift if bias is None else bias.float() + found.shift
-                grow(module, "bias", shifted.to(place.tensor.dtype))
-
-    def _line(self, place: Place, collector: Collector | None) -> LinearReport:
-        """Quantize a weight if it is to be; its line of the report."""
-        tensor = place.tensor
-        about = place.title, tuple(tensor.shape), tensor.dtype, tensor.nbytes
-        if isinstance(tensor, PackedTensor):
-            return LinearReport(*about, tensor.packed_bytes, note="packed already")
-        if reason := self.refusals[id(place)]:
-            return LinearReport(*about, tensor.nbytes, reason[0])
-        try:
-            stats = None if collector is None else collector[place]
-            found = self.algorithm(tensor.detach(), self.grid, self.options.group_size, stats)
-        except ValueError as error:
-            return LinearReport(*about, tensor.nbytes, str(error))
-        place.put(_weight(found, tensor.dtype))
-        self._add(place, found)
-        return LinearReport(*about, found.bytes, note=_note(place, collector))
-
-
-def _weight(found: Quantized, dtype: torch.dtype) -> Tensor:
-    """What goes into the layer: packed, or dequantized if the backend does not know the grid."""
-    name = found.grid.name
-    if FORMATS.get(name) != found.grid or found.offset is not None:
-        return found.dequantize(dtype)
-    planes = pack(found.codes, FORMATS[name], PLANES)
-    return PackedTensor.from_planes(planes, found.scale, name, found.group_size, found.codes.shape[1], dtype)
-
-
-def _note(place: Place, collector: Collector | None) -> str | None:
-    if collector is None:
-        return None
-    lost = collector.left_out(place)
-    if collector[place] is None:
-        why = "all its inputs are NaN or infinite" if lost else "never called"
-        return f"{why}: quantized without data"
-    return f"{lost} tokens with NaN or infinite values left out" if lost else None
+                how = self.algorithm, self.grid, self.options.group_size, collector
+                done.lines[place.names[0]], new = quantize_linear(place, self.refusals[id(place)], *how)
+                done.tensors.update(new)
+        self.lines |= done.lines
+        return done
