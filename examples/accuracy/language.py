@@ -35,12 +35,12 @@ class Sample:
     """
 
     windows: int = 96
-    length: int = 512
-    prompts: int = 32
-    greedy: int = 16
+    length: int = 256
+    prompts: int = 24
+    greedy: int = 12
     context: int = 96
     count: int = 64
-    calibration: int = 48
+    calibration: int = 64
     batch: int = 8
 
 

@@ -89,20 +89,26 @@ def _rows(formats: Iterable[str], groups: Iterable[int | None], *algorithms: str
 
 
 def full() -> list[Setting]:
-    """The rows of the study."""
-    groups = (None, 128, 64)
-    return [
+    """The rows of the study, those that say most first."""
+    six, groups = ["e3m2", "e2m3"], (None, 128, 64)
+    every = ("rtn", "mse", "weighted", "gptq", "lorc")
+    rows = [
         Setting(),
         *_rows(["e4m3", "int8"], [None], "rtn"),
-        *_rows(["e3m2", "e2m3"], groups, "rtn", "mse", "weighted", "gptq", "lorc"),
+        *_rows(six, [None], "rtn", "mse", "gptq"),
         *_rows(["int4"], [None, 64], "rtn", "gptq-rtn", "gptq"),
+        *_rows(six, [64], "rtn", "mse", "gptq"),
+        *_rows(["e2m2", "e3m1", "e2m1"], [None], "rtn"),
         *[Setting(name, None, "gptq", text) for name in ("e2m3", "int4") for text in ("other", "noise")],
-        *_rows(["e2m2", "e3m1", "e2m1"], [None, 64], "rtn"),
         *_rows(["e2m2", "e2m1"], [None, 64], "gptq"),
-        *_rows(["auto"], groups, "rtn", "mse", "weighted", "gptq", "lorc"),
-        *_rows(["e2m3"], [None], "pow2", "bias", "rounding", "lorc-gptq"),
+        *_rows(six, groups, *every),
+        *_rows(["auto"], [None, 64], "mse", "gptq"),
+        *_rows(["e2m3"], [None], "lorc-gptq", "rounding", "bias", "pow2"),
+        *_rows(["e2m2", "e3m1", "e2m1"], [64], "rtn"),
         *_rows(["int6"], [None], "rtn", "nupes"),
+        *_rows(["auto"], groups, *every),
     ]
+    return list(dict.fromkeys(rows))
 
 
 def overfit() -> list[Setting]:
