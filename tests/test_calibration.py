@@ -9,7 +9,7 @@ from torch import nn
 
 import fp6_compile
 from fp6_compile import PackedTensor, calibrate_, quantize_
-from fp6_compile.algorithms import GPTQ, RTN, BiasCorrection, Clip, LoRC, Needs, Statistics, Weighted
+from fp6_compile.algorithms import GPTQ, RTN, BiasCorrection, Clip, LoRC, Needs, Search, Statistics, Weighted
 from fp6_compile.formats import FORMATS, Format
 from fp6_compile.lowrank import LowRankLinear
 from tests.support import SwiGLU, close
@@ -117,7 +117,7 @@ def test_nan_and_linears_that_are_never_called():
         line.name: line.note for line in calibrate_(model, [bad, INPUTS[1]], algorithm=GPTQ(Clip(steps=2))).linears
     }
     assert notes["idle"] == "never called: quantized without data"
-    assert notes["blocks.1.down"] == notes["first"] == "1 tokens with NaN or infinite values left out"
+    assert notes["blocks.1.down"] == notes["first"] == "tokens with NaN or infinite values, left out: 1"
     codes = Clip(steps=2)(idle.detach(), FORMATS["e3m2"], None).codes
     assert torch.equal(model.idle.weight.codes(), codes)
     notes = {line.note for line in calibrate_(_tower(), [bad * torch.nan], algorithm=Weighted(steps=1)).linears}
@@ -132,6 +132,14 @@ def test_a_grid_without_kernels_is_simulated():
     expected = RTN()(original.first.weight.detach(), fmt, 32).dequantize(torch.float16)
     assert torch.equal(model.first.weight, expected)
     assert not isinstance(model.first.weight, PackedTensor)
+
+
+def test_a_format_for_each_layer():
+    model = _tower()
+    model.head.weight.data = torch.distributions.StudentT(1.5).sample((160, DIM)).half()
+    report = calibrate_(model, format="e2m3", algorithm=Search(RTN(), (FORMATS["e2m3"], FORMATS["e3m2"])))
+    assert {line.name: line.note for line in report.linears}["head"] == "in e3m2"
+    assert (model.head.weight.spec.format, model.first.weight.spec.format) == ("e3m2", "e2m3")
 
 
 class Detour(Tower):
