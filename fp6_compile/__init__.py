@@ -24,6 +24,7 @@ Packed models as files and objects:
     storage     safetensors folders, one tensor at a time
     model       quantize_: a model's linears in place, one by one
     calibration calibrate_: quantize_ with an algorithm, block by block
+    sensitivity how much a model suffers from errors in each weight
     manifest    what a checkpoint folder says, and everything that can be wrong with it
     checkpoint  save and load
     mx          OCP MXFP6 checkpoints, as AMD Quark writes them
@@ -39,6 +40,7 @@ from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import empty_parameters, quantize_
 from fp6_compile.mx import load_mx
 from fp6_compile.report import LinearReport, Report, last_report, reports
+from fp6_compile.sensitivity import sensitivities
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
 
@@ -56,5 +58,6 @@ __all__ = [
     "refresh",
     "reports",
     "save",
+    "sensitivities",
 ]
 __version__ = "0.1.0"

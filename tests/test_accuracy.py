@@ -259,3 +259,14 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(["--model", str(tmp_path)])
     assert "--model needs --text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", [None, "own"])
+def test_formats_are_mixed_to_a_size(code_model, text):
+    row = study.measure(code_model, Setting("auto", None, "rtn", text, 5.5))
+    assert 5.45 < row["bits"] <= 5.5
+    five, six = (study.measure(code_model, Setting(name)) for name in ("e2m2", "e2m3"))
+    assert six["kl"] < row["kl"] < five["kl"]
+    if text:
+        assert code_model.sensitivity.keys() == code_model.linears().keys()
+        assert min(code_model.sensitivity.values()) > 0

@@ -4,8 +4,13 @@ import itertools
 import random
 
 import pytest
+import torch
 
-from fp6_compile.algorithms.budget import Choice, allocate
+from fp6_compile import sensitivities
+from fp6_compile.algorithms import Quantized
+from fp6_compile.algorithms.budget import Choice, allocate, choose_formats
+from fp6_compile.formats import Format
+from fp6_compile.quantize import quantize
 
 
 def _total(choices, taken):
@@ -48,3 +53,67 @@ def test_a_sensitive_weight_gets_the_bits():
 def test_a_budget_that_is_too_small_is_refused():
     with pytest.raises(ValueError, match="got 7 bits, the smallest choices take 8"):
         allocate([[Choice(4, 1.0)], [Choice(4, 1.0)]], 7)
+
+
+FORMATS = [Format(f"e2m{m}", 2, m) for m in (1, 2, 3, 4)]
+
+
+def _weights():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n, k, generator=generator) for n, k in ((128, 256), (512, 256), (128, 512))]
+
+
+@pytest.mark.parametrize(("target", "group"), [(4.25, None), (5, None), (5.5, 64), (6.1, None), (9, None)])
+def test_formats_keep_to_the_target(target, group):
+    weights = _weights()
+    formats = choose_formats([(w, None) for w in weights], FORMATS, target, group)
+    bits = [8 * Quantized(f, group, *quantize(w, f, group)).bytes for w, f in zip(weights, formats, strict=True)]
+    assert sum(bits) <= target * sum(w.numel() for w in weights)
+    # Nothing is left that would have bought the next format of the smallest weight.
+    best = FORMATS[-1]
+    if any(f != best for f in formats):
+        assert sum(bits) + min(w.numel() for w, f in zip(weights, formats, strict=True) if f != best) > target * sum(
+            w.numel() for w in weights
+        )
+    else:
+        assert target == 9
+
+
+def test_a_measured_sensitivity_decides():
+    weights = _weights()
+    for favoured in range(3):
+        given = [(w, 100.0 if i == favoured else 1e-3) for i, w in enumerate(weights)]
+        bits = [f.bits for f in choose_formats(given, FORMATS, 5.6)]
+        assert bits[favoured] == max(bits) > min(bits)
+
+
+def test_a_target_below_the_smallest_format_is_refused():
+    with pytest.raises(ValueError, match=r"target_bits: got 4, needs at least 4.11, scales counted"):
+        choose_formats([(w, None) for w in _weights()], FORMATS, 4)
+
+
+def test_sensitivities_of_a_sum_are_its_terms():
+    """The loss weighs the squared relative error of each layer: what is measured is that weight."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(128, 128, bias=False) for name in ("a", "b", "skipped")})
+    before = {name: linear.weight.detach().clone() for name, linear in model.items()}
+    factors = {"a": 3.0, "b": 0.5, "skipped": 7.0}
+
+    def loss():
+        errors = {n: (m.weight - before[n]).square().sum() / before[n].square().sum() for n, m in model.items()}
+        return 11.0 + sum(factors[name] * float(error) for name, error in errors.items())
+
+    found = sensitivities(model, loss, skip=["skipped"], float32=True)
+    assert found == {"a": pytest.approx(3.0, rel=1e-4), "b": pytest.approx(0.5, rel=1e-4)}
+    assert all(torch.equal(model[name].weight, weight) for name, weight in before.items())
+    calls = []
+
+    def fails():
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no more")
+        return 0.0
+
+    with pytest.raises(RuntimeError, match="no more"):
+        sensitivities(model, fails, float32=True)
+    assert all(torch.equal(model[name].weight, weight) for name, weight in before.items())

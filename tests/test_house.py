@@ -18,7 +18,7 @@ FLOORS = [
     {"merging"},
     {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank"},
     {"backend", "model", "manifest"},
-    {"calibration", "checkpoint", "mx"},
+    {"calibration", "checkpoint", "mx", "sensitivity"},
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from examples.accuracy.metrics import sqnr
-from examples.accuracy.settings import Setting
+from examples.accuracy.settings import FORMATS, MIXED, Setting
 from fp6_compile.algorithms import Algorithm, Needs, Quantized, Statistics
+from fp6_compile.algorithms.budget import choose_formats
 from fp6_compile.calibration import calibrate_
 from fp6_compile.quantize import Grid
 
@@ -68,13 +69,29 @@ def _round_to_half(linears: dict[str, nn.Linear], books: Recorded) -> None:
         linear.weight = nn.Parameter(half, requires_grad=False)
 
 
+def _mixture(linears: dict[str, nn.Linear], setting: Setting, sensitivity: Mapping[str, float]) -> dict[str, Grid]:
+    if setting.target_bits is None:
+        return {}
+    weights = [(linear.weight, sensitivity.get(name)) for name, linear in linears.items()]
+    candidates = [FORMATS[name] for name in MIXED]
+    return dict(zip(linears, choose_formats(weights, candidates, setting.target_bits, setting.group), strict=True))
+
+
 @contextmanager
 def compressed(
-    model: nn.Module, linears: dict[str, nn.Linear], setting: Setting, inputs: Iterable[Any] = ()
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    setting: Setting,
+    inputs: Iterable[Any] = (),
+    sensitivity: Mapping[str, float] | None = None,
 ) -> Iterator[Recorded]:
-    """Compress `linears` while the context lasts; its value has their sizes and errors. `inputs` are to calibrate on."""
+    """Compress `linears` while the context lasts; its value has their sizes and errors.
+
+    `inputs` are to calibrate on; `sensitivity` of each layer is for settings with `target_bits`.
+    """
     before = {name: (linear.weight, linear.bias) for name, linear in linears.items()}
-    books = Recorded(setting.method, {weight.data_ptr(): name for name, (weight, _) in before.items()})
+    names = {weight.data_ptr(): name for name, (weight, _) in before.items()}
+    books = Recorded(setting.method, names, _mixture(linears, setting, sensitivity or {}))
     try:
         if setting.format == "fp16":
             _round_to_half(linears, books)

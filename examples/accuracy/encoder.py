@@ -79,10 +79,15 @@ class Encoder(Subject):
         order = sorted(range(len(self.sentences)), key=lambda i: len(self.sentences[i]))
         parts = []
         for start in range(0, len(order), self.batch):
-            inputs = self._tokenized([self.sentences[i] for i in order[start : start + self.batch]])
-            hidden, mask = self.model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
-            parts.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+            parts.append(self.outputs(self._tokenized([self.sentences[i] for i in order[start : start + self.batch]])))
         return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def outputs(self, inputs: dict[str, Any]) -> Tensor:
+        hidden, mask = self.model(**inputs).last_hidden_state, inputs["attention_mask"][..., None]
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    def distance(self, expected: Tensor, outputs: Tensor) -> float:
+        return 1 - (expected.double() * outputs.double()).sum(-1).mean().item()
 
     def calibration(self, kind: str) -> Iterator[dict[str, Any]]:
         """Batches of other sentences ("own"), of lines of source ("other"), or of letters that mean nothing ("noise")."""

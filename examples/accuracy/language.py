@@ -84,6 +84,12 @@ class LanguageModel(Subject):
         full = windows[(windows != data.PADDING).all(1)]
         return (self.inputs(part) for part in full[:, :-1].split(self.sample.batch))
 
+    def outputs(self, inputs: dict[str, Any]) -> Tensor:
+        return self.logits(next(iter(inputs.values())))
+
+    def distance(self, expected: Tensor, outputs: Tensor) -> float:
+        return metrics.kl_divergence(expected.log_softmax(-1), outputs).mean().item()
+
     @torch.inference_mode()
     def reference(self) -> None:
         self.windows, self.document, self.bytes = self._windows(self.documents, self.sample.windows)

@@ -23,11 +23,12 @@ from fp6_compile.formats import Format
 from fp6_compile.quantize import Grid
 
 # E4M3 here has no NaN: its largest number is 480, not 448.
-FORMATS = {name: Format(name, int(name[1]), int(name[3])) for name in ("e4m3", "e3m2", "e2m3", "e3m1", "e2m2", "e2m1")}
+NAMES = ("e4m3", "e2m4", "e3m2", "e2m3", "e3m1", "e2m2", "e2m1")
+FORMATS = {name: Format(name, int(name[1]), int(name[3])) for name in NAMES}
 GRIDS: dict[str, Grid] = {**FORMATS, "int8": Integer(8), "int6": Integer(6), "int4": Integer(4)}
 # What "auto" chooses from, layer by layer: among six bits, and for a target size.
 SIX_BITS = ("e2m3", "e3m2")
-MIXED = ("e2m1", "e2m2", "e3m1", *SIX_BITS)
+MIXED = ("e2m1", "e2m2", "e3m1", *SIX_BITS, "e2m4")
 
 # As many scales as quantize_(scale="mse") tries, from 0.7 to 1.3 times absmax.
 _CLIP, _WEIGHTED = Clip(20, 0.7, 1.3), Weighted(20, 0.7, 1.3)
@@ -50,7 +51,8 @@ ALGORITHMS: dict[str, Algorithm] = {
 class Setting:
     """One row. `group` None is per channel; `calibration` is the text that statistics come from.
 
-    That is "own", more of what the subject is measured on, "other", another kind of text, or "noise".
+    That is "own", more of what the subject is measured on, "other", another kind of text, or "noise". With `target_bits`,
+    "auto" mixes formats to that size: by the weights' errors alone, or, with calibration, by measured sensitivities.
     """
 
     format: str = "fp16"
@@ -108,7 +110,14 @@ def full() -> list[Setting]:
         *_rows(["int6"], [None], "rtn", "nupes"),
         *_rows(["auto"], groups, *every),
     ]
+    rows[23:23] = mixtures()
     return list(dict.fromkeys(rows))
+
+
+def mixtures() -> list[Setting]:
+    """Formats mixed to a size, without data and by measured sensitivity."""
+    sizes, texts = (5.0, 5.5, 6.0, 6.5), (None, "own")
+    return [Setting("auto", None, "mse", text, bits) for text in texts for bits in sizes]
 
 
 def overfit() -> list[Setting]:
@@ -120,5 +129,5 @@ def overfit() -> list[Setting]:
 
 def quick() -> list[Setting]:
     """Few rows of each kind, for tests."""
-    calibrated = Setting("e2m3", None, "gptq-rtn", "own")
-    return [Setting(), Setting("e3m2"), Setting("e2m3"), Setting("auto", 64, "mse"), calibrated, Setting("int4")]
+    calibrated = Setting("e2m3", None, "bias", "own")
+    return [Setting(), Setting("e3m2"), Setting("e2m3"), Setting("auto"), calibrated, Setting("int4")]

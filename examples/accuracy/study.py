@@ -36,7 +36,8 @@ def run(subject: Subject, settings: Sequence[Setting], rows: Rows) -> None:
 def measure(subject: Subject, setting: Setting) -> Row:
     """One row: sizes, errors and figures of `subject` under `setting`. The subject is then as it was."""
     inputs = subject.calibration(setting.calibration) if setting.calibration else ()
-    with compressed(subject.model, subject.linears(), setting, inputs) as books:
+    sensitivity = subject.sensitivity if setting.calibration and setting.target_bits else None
+    with compressed(subject.model, subject.linears(), setting, inputs, sensitivity) as books:
         bits, error = books.stored_bits / books.weights, books.sqnr
         figures, losses, weights = subject.measure()
     # The mean noise over layers, as a share of the signal.

@@ -6,10 +6,14 @@ A subject measures in float32 with dequantized weights: what six bits do to a mo
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fp6_compile import sensitivities
 
 
 class Measured(NamedTuple):
@@ -48,6 +52,26 @@ class Subject:
     def calibration(self, kind: str) -> Iterator[dict[str, Any]]:
         """Inputs of the model's forward, as keyword arguments; none of them is measured on."""
         raise NotImplementedError
+
+    def outputs(self, inputs: dict[str, Any]) -> Tensor:
+        """What the model makes of such inputs, as `distance` wants it."""
+        raise NotImplementedError
+
+    def distance(self, expected: Tensor, outputs: Tensor) -> float:
+        """The main loss of some outputs, given those of the model as it was."""
+        raise NotImplementedError
+
+    @cached_property
+    def sensitivity(self) -> dict[str, float]:
+        """Of each layer, measured on two batches of calibration inputs."""
+        batches = list(islice(self.calibration("own"), 2))
+        expected = [self.outputs(inputs) for inputs in batches]
+
+        def loss() -> float:
+            pairs = zip(expected, batches, strict=True)
+            return sum(self.distance(was, self.outputs(inputs)) for was, inputs in pairs)
+
+        return sensitivities(self.model, loss, float32=True)
 
 
 def half_precision(model: nn.Module) -> nn.Module:

@@ -5,13 +5,25 @@ model of HAWQ-V2 (arXiv 1911.03852, section 3). One choice per weight under a su
 relaxation (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 36 (9),
 1988) is solved by walking: from the smallest choices, always the step along a weight's convex hull that saves most error
 per bit.
+
+Errors are relative: the squared error of a weight over its squares, which is about that of the layer's output. How much the
+model suffers from one can be measured (`fp6_compile.sensitivities`); if it was not, it is taken to be the number of weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
+
+from torch import Tensor
+
+from fp6_compile.formats import Format
+from fp6_compile.quantize import dequantize, quantize
+
+# Weights of each matrix whose error is measured: enough for 1 %.
+_SAMPLE = 1 << 16
 
 
 class Choice(NamedTuple):
@@ -19,6 +31,46 @@ class Choice(NamedTuple):
 
     size: int
     error: float
+
+
+def choose_formats(
+    weights: Iterable[tuple[Tensor, float | None]],
+    candidates: Sequence[Format],
+    target_bits: float,
+    group_size: int | None = None,
+    scale: str = "absmax",
+) -> list[Format]:
+    """For every weight [N, K] the format with which the error of all is least at `target_bits` a weight, scales counted.
+
+    `weights` come with their sensitivity, the loss for each unit of relative squared error, or None; they are looked at one
+    at a time. Raises ValueError if the candidates with the fewest bits take more than that.
+    """
+    choices, count = [], 0
+    for weight, sensitivity in weights:
+        count += weight.numel()
+        factor = weight.numel() if sensitivity is None else sensitivity
+        choices.append([_choice(weight, fmt, group_size, scale, factor) for fmt in candidates])
+    try:
+        return [candidates[index] for index in allocate(choices, target_bits * count)]
+    except ValueError:
+        least = sum(min(choice.size for choice in of_weight) for of_weight in choices) / max(count, 1)
+        raise ValueError(
+            f"target_bits: got {target_bits}, needs at least {math.ceil(100 * least) / 100}, scales counted"
+        ) from None
+
+
+def relative_error(weight: Tensor, fmt: Format, group_size: int | None, scale: str) -> float:
+    """The squared error of `weight` [N, K] in `fmt` over its squares; of some of its rows, if it is large. 0 for zeros."""
+    n, k = weight.shape
+    rows = weight[:: max(1, n * k // _SAMPLE)].float()
+    error = dequantize(*quantize(rows, fmt, group_size, scale), fmt, group_size, rows.dtype) - rows
+    return float(error.square().sum() / rows.square().sum().clamp(min=1e-30))
+
+
+def _choice(weight: Tensor, fmt: Format, group_size: int | None, scale: str, factor: float) -> Choice:
+    n, k = weight.shape
+    groups = 1 if group_size is None else -(-k // group_size)
+    return Choice(fmt.bits * n * k + 32 * groups * n, factor * relative_error(weight, fmt, group_size, scale))
 
 
 def allocate(choices: Sequence[Sequence[Choice]], budget: float) -> list[int]:
