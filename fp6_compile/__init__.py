@@ -22,6 +22,7 @@ Packed models as files and objects:
     lowrank     what quantization may add to a linear: low-rank factors, a bias
     dispatch    what such a weight can do beside multiplying
     storage     safetensors folders, one tensor at a time
+    places      a model's tensors and all their names
     model       quantize_: a model's linears in place, one by one
     calibration calibrate_: quantize_ with an algorithm, block by block
     sensitivity how much a model suffers from errors in each weight
@@ -37,8 +38,9 @@ Triton nor Inductor.
 from fp6_compile.calibration import calibrate_
 from fp6_compile.checkpoint import load, save
 from fp6_compile.manifest import CheckpointError
-from fp6_compile.model import empty_parameters, quantize_
+from fp6_compile.model import quantize_
 from fp6_compile.mx import load_mx
+from fp6_compile.places import empty_parameters
 from fp6_compile.report import LinearReport, Report, last_report, reports
 from fp6_compile.sensitivity import sensitivities
 from fp6_compile.tensor import PackedTensor

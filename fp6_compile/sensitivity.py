@@ -13,7 +13,8 @@ from torch import nn
 
 from fp6_compile.config import Options
 from fp6_compile.formats import Format
-from fp6_compile.model import is_weight, places, refusal
+from fp6_compile.model import is_weight, refusal
+from fp6_compile.places import places
 from fp6_compile.quantize import dequantize, quantize
 from fp6_compile.report import progress
 

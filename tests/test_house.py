@@ -16,7 +16,7 @@ FLOORS = [
     {"algorithms", "config", "kernels"},
     {"ops", "linears", "weights", "report", "storage"},
     {"merging"},
-    {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank"},
+    {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank", "places"},
     {"backend", "model", "manifest"},
     {"calibration", "checkpoint", "mx", "sensitivity"},
     {"cli"},

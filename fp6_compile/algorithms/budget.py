@@ -19,9 +19,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fp6_compile.formats import Format
+from fp6_compile.formats import FORMATS, Format
 from fp6_compile.quantize import dequantize, quantize
 
+# Formats to mix: 4 to 8 bits, with two exponent bits or more (one is integers) and a mantissa.
+MIXED = tuple(f for f in FORMATS.values() if 4 <= f.bits <= 8 and f.exponent_bits >= 2 and f.mantissa_bits >= 1)
 # Weights of each matrix whose error is measured: enough for 1 %.
 _SAMPLE = 1 << 16
 
