@@ -109,7 +109,7 @@ class PackedGraph:
 
     def _pack(self, group: list[Candidate], transposed: bool) -> Planes:
         options, value = self.options, group[0].value
-        layout = layout_for(value.device, value.dtype)
+        layout = layout_for(value.device, value.dtype, get_format(options.format))
         spec = PackSpec(options.format, options.group_size, options.scale, layout, transposed, value.device)
         return packed_planes([c.value for c in group], spec, [c.names[0] for c in group])
 

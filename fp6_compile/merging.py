@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fp6_compile.linears import Weight, input_of
-from fp6_compile.packing import layout_for, rows_per_index
+from fp6_compile.packing import CPU, rows_per_index, slab_layout
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def _key(candidate: Candidate) -> Hashable:
 
 def _aligned(together: list[Candidate]) -> list[list[Candidate]]:
     """One group in which every weight starts at an index of its own; weights that would prevent it stay alone."""
-    granularity = rows_per_index(layout_for(together[0].value.device, together[0].value.dtype))
+    # The layouts of six bits: those of other widths have no coarser index.
+    value = together[0].value
+    granularity = rows_per_index(CPU if value.device.type == "cpu" else slab_layout(value.dtype))
     whole = [candidate for candidate in together if candidate.rows % granularity == 0]
     odd = [candidate for candidate in together if candidate.rows % granularity != 0]
     return [group for group in ([*whole, *odd[:1]], *([candidate] for candidate in odd[1:])) if group]

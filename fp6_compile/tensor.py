@@ -84,7 +84,7 @@ class PackedTensor(Tensor):
         if weight.dtype not in DTYPES:
             raise ValueError(f"weight: got {weight.dtype}, needs one of {', '.join(map(str, DTYPES))}")
         weight, dtype = weight.detach(), dtype or weight.dtype
-        fmt, layout = get_format(format), layout_for(weight.device, dtype)
+        fmt, layout = get_format(format), layout_for(weight.device, dtype, get_format(format))
         spec = Spec(format, layout, group_size, weight.shape[1], dtype)
         if layout == CPU and scale == "absmax" and (fast := cpu.quantize(weight, fmt, group_size)):
             return cls(fast[:2], fast[2], spec)
@@ -105,7 +105,9 @@ class PackedTensor(Tensor):
         cls, planes: Sequence[Tensor], scale: Tensor, format: str, group_size: int | None, k: int, dtype: torch.dtype
     ) -> PackedTensor:
         """From canonical planes, as checkpoints hold them, in the layout of their device."""
-        return cls(planes, scale, Spec(format, PLANES, group_size, k, dtype)).repack(layout_for(scale.device, dtype))
+        return cls(planes, scale, Spec(format, PLANES, group_size, k, dtype)).repack(
+            layout_for(scale.device, dtype, get_format(format))
+        )
 
     @property
     def planes(self) -> tuple[Tensor, ...]:
@@ -230,7 +232,7 @@ def _as_parameter(packed: PackedTensor, like: Tensor) -> Any:
 def _rebuild(planes: Sequence[Tensor], scale: Tensor, spec: tuple, is_parameter: bool) -> Tensor:
     """Unpickling: canonical planes, on whatever device they were mapped to."""
     packed = PackedTensor(planes, scale, Spec(*spec))
-    packed = packed.repack(layout_for(packed.device, packed.dtype))
+    packed = packed.repack(layout_for(packed.device, packed.dtype, get_format(packed.spec.format)))
     return torch.nn.Parameter(packed, requires_grad=False) if is_parameter else packed
 
 

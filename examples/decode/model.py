@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         fmt = get_format(format)
         self.format, self.group_size = format, group_size
-        self.layout, self.names = layout_for(weight.device, weight.dtype), plane_names(fmt)
+        self.layout, self.names = layout_for(weight.device, weight.dtype, fmt), plane_names(fmt)
         codes, scale = quantize(weight, fmt, group_size)
         for name, tensor in zip((*self.names, "scale"), (*pack(codes, fmt, self.layout), scale), strict=True):
             self.register_buffer(name, tensor)
