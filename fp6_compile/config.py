@@ -17,7 +17,7 @@ def _positive(value: object) -> bool:
 
 # Per option: whether a value will do, and the words for what would have.
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "format": (lambda v: isinstance(v, str) and v in FORMATS, f"one of {sorted(FORMATS)}"),
+    "format": (lambda v: isinstance(v, str) and v in (*FORMATS, "auto"), f"'auto' or one of {sorted(FORMATS)}"),
     "group_size": (lambda v: v is None or _positive(v), "a positive integer or None"),
     "scale": (lambda v: isinstance(v, str) and v in SCALES, f"one of {list(SCALES)}"),
     "skip": (

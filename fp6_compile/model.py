@@ -51,7 +51,7 @@ def quantize_(
         source: a folder of safetensors files, with the names of `model.state_dict()`, that has parameters and buffers.
         target_bits: with format="auto", formats of 4 to 8 bits are mixed over the linears so that the model's error is least
             at this many bits a weight, scales counted. Every weight is then read twice.
-        sensitivity: for that, of each linear by name, as `fp6_compile.sensitivities` measures it; without it, all weights
+        sensitivity: for that, of every linear by name, as `fp6_compile.sensitivities` measures it; without it, all weights
             count the same.
 
     Returns:
@@ -174,8 +174,11 @@ def _mix(
 ) -> dict[int, str]:
     """The format of each weight that is to be packed, by the id of its place."""
     taken = [p for p in found if refusals.get(id(p), "") is None and not isinstance(p.tensor, PackedTensor)]
-    if unknown := sensitivity.keys() - {place.title for place in taken}:
-        raise ValueError(f"sensitivity: got {sorted(unknown)[0]!r}, which is no linear that is packed")
+    titles = {place.title for place in taken}
+    if sensitivity and sensitivity.keys() != titles:
+        name = sorted(sensitivity.keys() ^ titles)[0]
+        problem = f"lacks {name!r}" if name in titles else f"got {name!r}, which is no linear that is packed"
+        raise ValueError(f"sensitivity: {problem}")
     weights = ((values.of(place), sensitivity.get(place.title)) for place in progress(taken, "fp6: choosing formats"))
     chosen = choose_formats(weights, MIXED, target_bits, options.group_size, options.scale)
     return {id(place): fmt.name for place, fmt in zip(taken, chosen, strict=True)}

@@ -308,7 +308,7 @@ def test_formats_are_mixed_to_a_target_size():
     assert {linear.weight.spec.format for linear in model} == {"e2m3"}
     assert _bits(model) == pytest.approx(6.125, abs=0.01)
     model = build()
-    quantize_(model, format="auto", target_bits=5.7, sensitivity={"2": 100.0})
+    quantize_(model, format="auto", target_bits=5.7, sensitivity={str(i): 100.0 if i == 2 else 1.0 for i in range(6)})
     kept = [p.spec.format for p in model.parameters()]
     assert _bits(model) <= 5.7
     assert get_format(kept[2]).bits == max(get_format(name).bits for name in kept) > 5
@@ -316,7 +316,8 @@ def test_formats_are_mixed_to_a_target_size():
     for how, message in (
         ({"target_bits": 5}, r"target_bits: got 5 with format='.*', needs format='auto'"),
         ({"format": "auto", "target_bits": 4}, "target_bits: got 4, needs at least 4.13"),
-        ({"format": "auto", "target_bits": 6, "sensitivity": {"9": 1.0}}, "sensitivity: got '9'"),
+        ({"format": "auto", "target_bits": 6, "sensitivity": dict.fromkeys("0123459", 1.0)}, "sensitivity: got '9'"),
+        ({"format": "auto", "target_bits": 6, "sensitivity": {"0": 1.0}}, "sensitivity: lacks '1'"),
     ):
         with pytest.raises(ValueError, match=message):
             quantize_(given, **how)

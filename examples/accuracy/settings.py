@@ -117,7 +117,8 @@ def full() -> list[Setting]:
 def mixtures() -> list[Setting]:
     """Formats mixed to a size, without data and by measured sensitivity."""
     sizes, texts = (5.0, 5.5, 6.0, 6.5), (None, "own")
-    return [Setting("auto", None, "mse", text, bits) for text in texts for bits in sizes]
+    calibrated = [Setting("auto", None, "gptq", "own", bits) for bits in (6.0, 5.0)]
+    return calibrated + [Setting("auto", None, "mse", text, bits) for text in texts for bits in sizes]
 
 
 def overfit() -> list[Setting]:
