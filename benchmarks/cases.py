@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -107,7 +108,7 @@ def compile_case(case: Case) -> Kernel:
     nvidia, tile = case.target.startswith("sm"), tile_of(case)
     if tile is None:
         raise ValueError(f"{case.name}: the vendor's matmul, no kernel of ours")
-    constants = constexprs(tile, get_format(case.format), case.group_size, case.k, use_asm=nvidia)
+    constants: dict[str, Any] = constexprs(tile, get_format(case.format), case.group_size, case.k, use_asm=nvidia)
     x, planes = f"*{case.dtype}", _planes(get_format(case.format))
     constants |= {name: None for name, of in planes.items() if of is None}
     types = {"X": x, "SCALE": "*fp32", "OUT": x, "PARTS": "*fp32", "LOCKS": "*i32"}

@@ -124,6 +124,10 @@ FORMATS = {
 }
 
 
+# What format="auto" chooses from: six bits each, and the kernels have tables for both.
+AUTO = ("e3m2", "e2m3")
+
+
 def get_format(name: str) -> Format:
     """The format called `name`. Raises ValueError, which lists the known names, for any other."""
     if name not in FORMATS:

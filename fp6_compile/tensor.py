@@ -1,7 +1,7 @@
 """A packed weight as a tensor: what `quantize_` puts in the place of an nn.Linear's weight.
 
     PackedTensor [N, K], float16        what everyone sees: shape, dtype, device of the weight it stands for
-        w4, w2                          the planes of its format, in the layout of its device (packing.py)
+        w4, w2 (or others)              the planes of its format, in the layout of its device (packing.py)
         scale [G, N] float32
 
 It is an nn.Parameter like any other: it moves, is copied, saved, tied, sliced and sharded. Linear layers of it run
@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp6_compile import dispatch, lowerings, ops  # noqa: F401  (ops defines fp6::mm)
-from fp6_compile.formats import get_format
+from fp6_compile.formats import AUTO, get_format
 from fp6_compile.kernels.cpu import quantize as cpu
 from fp6_compile.packing import CPU, PLANES, layout_for, pack, plane_names, rows_per_index, unpack
-from fp6_compile.quantize import check_finite, quantize, row_blocks
+from fp6_compile.quantize import check_finite, choose_format, quantize, row_blocks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -77,13 +77,16 @@ class PackedTensor(Tensor):
         scale: str = "absmax",
         dtype: torch.dtype | None = None,
     ) -> PackedTensor:
-        """`weight` [N, K] (float16, bfloat16 or float32) in six bits, presented in `dtype` (by default its own).
+        """`weight` [N, K] (float16, bfloat16 or float32) in the codes of `format` (or "auto", config.py), presented in
+        `dtype` (by default its own).
 
         Raises ValueError as quantize.quantize does, and for other dtypes and unknown formats.
         """
         if weight.dtype not in DTYPES:
             raise ValueError(f"weight: got {weight.dtype}, needs one of {', '.join(map(str, DTYPES))}")
         weight, dtype = weight.detach(), dtype or weight.dtype
+        if format == "auto":
+            format = choose_format([weight], [get_format(name) for name in AUTO], group_size, scale).name
         fmt, layout = get_format(format), layout_for(weight.device, dtype, get_format(format))
         spec = Spec(format, layout, group_size, weight.shape[1], dtype)
         if layout == CPU and scale == "absmax" and (fast := cpu.quantize(weight, fmt, group_size)):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fp6_compile.formats import FORMATS, Format
-from fp6_compile.quantize import dequantize, quantize
+from fp6_compile.quantize import squared_error
 
 # Formats to mix: 4 to 8 bits, with two exponent bits or more (one is integers) and a mantissa.
 MIXED = tuple(f for f in FORMATS.values() if 4 <= f.bits <= 8 and f.exponent_bits >= 2 and f.mantissa_bits >= 1)
@@ -65,8 +65,7 @@ def relative_error(weight: Tensor, fmt: Format, group_size: int | None, scale: s
     """The squared error of `weight` [N, K] in `fmt` over its squares; of some of its rows, if it is large. 0 for zeros."""
     n, k = weight.shape
     rows = weight[:: max(1, n * k // _SAMPLE)].float()
-    error = dequantize(*quantize(rows, fmt, group_size, scale), fmt, group_size, rows.dtype) - rows
-    return float(error.square().sum() / rows.square().sum().clamp(min=1e-30))
+    return squared_error(rows, fmt, group_size, scale) / max(float(rows.square().sum()), 1e-30)
 
 
 def _choice(weight: Tensor, fmt: Format, group_size: int | None, scale: str, factor: float) -> Choice:

@@ -3,7 +3,7 @@
 The same numbers as `fp6::dequantize`: the code's value times the scale in float32, rounded once.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="annotation-unchecked"
+# mypy: allow-untyped-defs, disable-error-code="annotation-unchecked,assignment"
 
 from collections.abc import Sequence
 

@@ -18,7 +18,7 @@ One body, `accumulate`, for the eager kernel below and for the Inductor template
 float32 activations use the FP16 weights, which float32 holds exactly, and IEEE float32 dots.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="annotation-unchecked"
+# mypy: allow-untyped-defs, disable-error-code="annotation-unchecked,assignment"
 # The arguments of a @triton.jit function are Triton's.
 # No `from __future__ import annotations` here: a kernel's annotations are read when it is launched.
 

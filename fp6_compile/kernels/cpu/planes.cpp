@@ -1,5 +1,5 @@
-// Formats of any width, a row of the weight at a time: bytes of planes to codes, codes to floats, and a dot product with each
-// row of x. Loops that compilers vectorize, one clone for each instruction set.
+// Formats of any width, a row of the weight at a time: bytes of planes to codes, codes to floats, and a dot product with
+// each row of x. Loops that compilers vectorize, one clone for each instruction set.
 #include "planes.h"
 
 #include <memory>
