@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fp6_compile import formats as all_formats
 from fp6_compile.algorithms import (
     GPTQ,
     RTN,
@@ -21,7 +22,7 @@ from fp6_compile.algorithms import (
     output_error,
 )
 from fp6_compile.algorithms.rounding import neighbours
-from fp6_compile.formats import FORMATS, Format
+from fp6_compile.formats import Format
 from fp6_compile.quantize import dequantize, quantize
 
 FORMATS = [Format("e3m2", 3, 2), Format("e2m3", 2, 3), Format("e2m1", 2, 1)]
@@ -254,7 +255,7 @@ def test_search_finds_the_format_with_the_least_error():
     assert [Search(RTN())(w, E3M2, None).grid.name for w in (heavy, flat)] == ["e3m2", "e1m4"]
     w, x = _layer(0)
     stats = Statistics.of(x, hessian=True)
-    six = [f for f in FORMATS.values() if f.bits == 6]
+    six = [f for f in all_formats.FORMATS.values() if f.bits == 6]
     errors = {f.name: _error(w, GPTQ()(w, f, None, stats).dequantize(), x).sum() for f in six}
     found = Search(GPTQ())(w, E3M2, None, stats)
     assert found.grid.name == min(errors, key=lambda name: errors[name])
