@@ -51,8 +51,8 @@ def quantize_(
         source: a folder of safetensors files, with the names of `model.state_dict()`, that has parameters and buffers.
         target_bits: with format="auto", formats of 4 to 8 bits are mixed over the linears so that the model's error is least
             at this many bits a weight, scales counted. Every weight is then read twice.
-        sensitivity: for that, of every linear by name, as `fp6_compile.sensitivities` measures it; without it, all weights
-            count the same.
+        sensitivity: for that, of every linear by name, as `fp6_compile.sensitivities` measures it; without it, what it is
+            likely to be (algorithms/budget.py).
 
     Returns:
         What was packed, what was left alone and why; it is logged, too.

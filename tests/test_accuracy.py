@@ -187,7 +187,7 @@ def test_rows_survive_a_kill_and_are_not_measured_again(tmp_path, code_model, mo
     study.run(code_model, settings, rows)
     assert measured == settings[2:]
     assert [row["commit"] for row in Rows(path, {}).rows] == ["a", "a", "b"]
-    lines = table.lines(rows.of("code_lm on code"))
+    lines = table.lines(table.with_ratios(rows.of(rows.subjects[0])))
     assert lines[2].split()[:4] == ["e3m2", "channel", "rtn", "6.11"]
     assert "1.000 ± 0.000" in lines[2]
     assert "[1/1] e2m3 g64 rtn" in capsys.readouterr().out

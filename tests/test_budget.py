@@ -79,6 +79,13 @@ def test_formats_keep_to_the_target(target, group):
         assert target == 9
 
 
+def test_without_one_large_weights_are_taken_to_matter():
+    weights = [torch.randn(128, 256, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    weights[2] *= 5
+    bits = [f.bits for f in choose_formats([(w, None) for w in weights], FORMATS, 5.4)]
+    assert bits[2] == max(bits) > min(bits)
+
+
 def test_a_measured_sensitivity_decides():
     weights = _weights()
     for favoured in range(3):

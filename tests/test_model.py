@@ -312,6 +312,10 @@ def test_formats_are_mixed_to_a_target_size():
     kept = [p.spec.format for p in model.parameters()]
     assert _bits(model) <= 5.7
     assert get_format(kept[2]).bits == max(get_format(name).bits for name in kept) > 5
+    broken = build()
+    broken[3].weight.data[0, 0] = torch.nan
+    report = quantize_(broken, format="auto", target_bits=5.7)
+    assert [line.taken for line in report.linears] == [True, True, True, False, True, True]
     given = build()
     for how, message in (
         ({"target_bits": 5}, r"target_bits: got 5 with format='.*', needs format='auto'"),

@@ -33,13 +33,14 @@ def main(argv: list[str] | None = None) -> None:
     rows = Rows(arguments.out.with_suffix(".jsonl"), versions())
     for subject, chosen in _subjects(arguments):
         study.run(subject, settings.quick() if arguments.quick else chosen, rows)
-    for name in rows.subjects:
+    found = {name: table.with_ratios(rows.of(name)) for name in rows.subjects}
+    for name, of_subject in found.items():
         print(f"\n{name}\n{'-' * len(name)}")
-        print("\n".join(table.lines(rows.of(name), arguments.markdown)))
-    export(rows.rows, arguments.out)
+        print("\n".join(table.lines(of_subject, arguments.markdown)))
+    export([row for of_subject in found.values() for row in of_subject], arguments.out)
     from examples.accuracy.plots import draw
 
-    draw({name: rows.of(name) for name in rows.subjects}, arguments.out.with_suffix(".png"))
+    draw(found, arguments.out.with_suffix(".png"))
     print(f"\nwrote {arguments.out}.json, .csv and .png")
 
 

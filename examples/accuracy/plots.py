@@ -19,7 +19,8 @@ LAYERS = ("e3m2 channel rtn", "e2m3 channel rtn", "e2m3 g64 rtn", "int4 channel 
 
 
 def draw(subjects: dict[str, list[Row]], target: Path) -> None:
-    """A row of two panels per subject, written to `target`."""
+    """A row of two panels per subject, written to `target`; not of those that only compare calibrations."""
+    subjects = {name: rows for name, rows in subjects.items() if any(row["format"] == "auto" for row in rows)}
     figure, axes = plt.subplots(len(subjects), 2, figsize=(12, 4.5 * len(subjects)), squeeze=False)
     for (name, rows), (quality, layers) in zip(subjects.items(), axes, strict=True):
         _quality(quality, [row for row in rows if row["format"] != "fp16"])
@@ -34,7 +35,7 @@ def draw(subjects: dict[str, list[Row]], target: Path) -> None:
 
 
 def _quality(panel: Any, rows: list[Row]) -> None:
-    for row in rows:
+    for row in (row for row in rows if row["calibration"] in (None, "own")):
         style = {"color": COLORS.get(row["format"], "#66a182"), "marker": MARKERS.get(row["algorithm"], "v")}
         panel.scatter(row["bits"], row[row["loss"]], s=28, alpha=0.8, **style)
     named = {name: COLORS.get(name, "#66a182") for name in dict.fromkeys(row["format"] for row in rows)}

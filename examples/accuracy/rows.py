@@ -37,13 +37,17 @@ class Rows:
         os.replace(beside, self.path)
 
     def of(self, subject: str) -> list[Row]:
-        """The rows of one subject, in the order in which they were measured."""
-        return [row for row in self.rows if row["subject"] == subject]
+        """The rows of one of `subjects`, in the order in which they were measured."""
+        return [row for row in self.rows if _title(row) == subject]
 
     @property
     def subjects(self) -> list[str]:
-        """Their names, in order."""
-        return list(dict.fromkeys(row["subject"] for row in self.rows))
+        """Their names and sizes, in order."""
+        return list(dict.fromkeys(map(_title, self.rows)))
+
+
+def _title(row: Row) -> str:
+    return f"{row['subject']} ({row['size']})"
 
 
 def export(rows: list[Row], path: Path) -> None:

@@ -34,15 +34,25 @@ def ratio(row: Row, baseline: Row) -> tuple[float, float]:
     return float(mean[0] / mean[1]), float((draws[:, 0] / draws[:, 1]).std())
 
 
+def with_ratios(rows: list[Row]) -> list[Row]:
+    """The rows of one subject, with `ratio` and `ratio_error` to the baseline, if that is among them."""
+    baseline = next((row for row in rows if row["label"] == BASELINE), None)
+    if baseline is None:
+        return rows
+    return [
+        {**row, **dict(zip(("ratio", "ratio_error"), (round(x, 4) for x in ratio(row, baseline)), strict=True))}
+        for row in rows
+    ]
+
+
 def lines(rows: list[Row], markdown: bool = False) -> list[str]:
-    """The table of one subject's rows."""
+    """The table of one subject's rows, with their ratios."""
     columns = COLUMNS[rows[0]["loss"]]
     head = ["weights", "bits", *(title for _, title, _ in columns), "loss / E3M2 RTN", "SQNR, dB"]
-    baseline = next((row for row in rows if row["label"] == BASELINE), None)
     cells = [head]
     for row in rows:
         shown = [form.format(row[key]) if key in row else "" for key, _, form in columns]
-        share = "{:.3f} ± {:.3f}".format(*ratio(row, baseline)) if baseline else ""
+        share = f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}" if "ratio" in row else ""
         cells.append([row["label"], f"{row['bits']:.2f}", *shown, share, f"{row['sqnr']:.1f}" if row["sqnr"] else ""])
     if markdown:
         return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *cells[1:])]

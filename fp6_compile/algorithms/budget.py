@@ -7,7 +7,8 @@ relaxation (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of
 per bit.
 
 Errors are relative: the squared error of a weight over its squares, which is about that of the layer's output. How much the
-model suffers from one can be measured (`fp6_compile.sensitivities`); if it was not, it is taken to be the number of weights.
+model suffers from one can be measured (`fp6_compile.sensitivities`). If it was not, it is taken to be the number of weights
+times their root mean square: the geometric mean of "all relative errors are alike" and "all absolute errors are" (LOG.md).
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def choose_formats(
     choices, count = [], 0
     for weight, sensitivity in weights:
         count += weight.numel()
-        factor = weight.numel() if sensitivity is None else sensitivity
+        rms = float(_sample(weight).square().mean().sqrt())
+        factor = weight.numel() * rms if sensitivity is None else sensitivity
         choices.append([_choice(weight, fmt, group_size, scale, factor) for fmt in candidates])
     try:
         return [candidates[index] for index in allocate(choices, target_bits * count)]
@@ -63,9 +65,14 @@ def choose_formats(
 
 def relative_error(weight: Tensor, fmt: Format, group_size: int | None, scale: str) -> float:
     """The squared error of `weight` [N, K] in `fmt` over its squares; of some of its rows, if it is large. 0 for zeros."""
-    n, k = weight.shape
-    rows = weight[:: max(1, n * k // _SAMPLE)].float()
+    rows = _sample(weight)
     return squared_error(rows, fmt, group_size, scale) / max(float(rows.square().sum()), 1e-30)
+
+
+def _sample(weight: Tensor) -> Tensor:
+    """Some rows, float32. NaN and infinite values, which nothing can pack, are zeros."""
+    rows = weight[:: max(1, weight.numel() // _SAMPLE)].float()
+    return rows.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _choice(weight: Tensor, fmt: Format, group_size: int | None, scale: str, factor: float) -> Choice:
