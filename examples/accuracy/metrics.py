@@ -72,12 +72,16 @@ def body(text: str, indent: int) -> str:
     return "\n".join(lines[:end])
 
 
-def parses(header: str, text: str) -> bool:
-    """Whether Python parses the function that begins with the line `header` and goes on with `text`; it needs a body."""
+def parses(header: str, text: str) -> bool | None:
+    """Whether Python parses the function that begins with the line `header` and goes on with `text`; it needs a body.
+
+    None if the text stops inside of the body's first statement, a docstring perhaps: then there is nothing to judge.
+    """
     indent = len(header) - len(header.lstrip())
     inside = body(text, indent)
     if not inside.strip():
-        return False
+        left = any(line.strip() and len(line) - len(line.lstrip()) <= indent for line in text.split("\n"))
+        return False if left else None
     source = f"{header}\n{inside}\n"
     try:
         ast.parse(f"if 1:\n{source}" if indent else source)
