@@ -29,8 +29,10 @@ Packed models as files and objects:
     lowrank     what quantization may add to a linear: low-rank factors, a bias
     dispatch    what such a weight can do beside multiplying
     storage     safetensors folders, one tensor at a time
+    places      a model's tensors and all their names
     model       quantize_: a model's linears in place, one by one
     calibration calibrate_: quantize_ with an algorithm, block by block
+    sensitivity how much a model suffers from errors in each weight
     manifest    what a checkpoint folder says, and everything that can be wrong with it
     checkpoint  save and load
     mx          OCP MXFP6 checkpoints, as AMD Quark writes them
@@ -44,9 +46,11 @@ from fp6_compile.calibration import calibrate_
 from fp6_compile.checkpoint import load, save
 from fp6_compile.explanation import Explanation, explain
 from fp6_compile.manifest import CheckpointError
-from fp6_compile.model import empty_parameters, quantize_
+from fp6_compile.model import quantize_
 from fp6_compile.mx import load_mx
+from fp6_compile.places import empty_parameters
 from fp6_compile.report import LinearReport, Refresh, Report, last_refresh, last_report, reports
+from fp6_compile.sensitivity import sensitivities
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
 
@@ -68,5 +72,6 @@ __all__ = [
     "refresh",
     "reports",
     "save",
+    "sensitivities",
 ]
 __version__ = "0.1.0"

@@ -24,9 +24,10 @@ from fp6_compile.checkpoint import save
 from fp6_compile.explanation.token import one_token
 from fp6_compile.formats import FORMATS, get_format
 from fp6_compile.manifest import INDEX, CheckpointError, Manifest, Weight
-from fp6_compile.model import empty_parameters, quantize_
+from fp6_compile.model import quantize_
 from fp6_compile.mx import is_mx, load_mx
 from fp6_compile.packing import PLANES, unpack
+from fp6_compile.places import empty_parameters
 from fp6_compile.quantize import SCALES, dequantize
 from fp6_compile.report import progress, size_text
 from fp6_compile.storage import folder_entries, read

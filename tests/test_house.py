@@ -17,9 +17,9 @@ FLOORS = [
     {"algorithms", "config", "kernels"},
     {"ops", "linears", "weights", "report", "storage"},
     {"merging"},
-    {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank"},
+    {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank", "places"},
     {"backend", "model", "manifest"},
-    {"calibration", "checkpoint", "mx", "explanation"},
+    {"calibration", "checkpoint", "mx", "sensitivity", "explanation"},
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
