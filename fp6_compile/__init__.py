@@ -1,8 +1,8 @@
 """Six-bit weights for torch.compile: `torch.compile(model, backend="fp6")`.
 
-    formats    E3M2, E2M3: fields, values, bias shift                     <- start here
+    formats    EeMm of 3 to 8 bits: values, bias shift                    <- start here
     quantize   weight -> codes and scales
-    algorithms weight -> codes and scales, by what the layer sees: GPTQ, clip search and others
+    algorithms weight -> codes and scales, with an eye on the layer's inputs: GPTQ and others
     packing    codes <-> canonical planes <-> device layout
     slabs      the device layouts of GPUs
     ops        fp6::dequantize, fp6::mm: what a packed weight means
@@ -36,7 +36,7 @@ Packed models as files and objects:
     manifest    what a checkpoint folder says, and everything that can be wrong with it
     checkpoint  save and load
     mx          OCP MXFP6 checkpoints, as AMD Quark writes them
-    cli         fp6-compile: quantize, inspect, verify
+    cli         fp6-compile: quantize, explain, inspect, verify
 
 Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
 Triton nor Inductor.
