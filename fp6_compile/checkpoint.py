@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp6_compile import lowrank
 from fp6_compile.manifest import INDEX, CheckpointError, Manifest, Weight, index_text, metadata, shards_of
-from fp6_compile.model import Place, places
 from fp6_compile.packing import PLANES
+from fp6_compile.places import Place, places
 from fp6_compile.report import LinearReport, Report, progress
-from fp6_compile.storage import read, replace, safetensors, sync_folder, write
+from fp6_compile.storage import DTYPES, read, replace, safetensors, sync_folder, write
 from fp6_compile.tensor import PackedTensor
 
 _SHARD_BYTES = 4 << 30
@@ -80,7 +81,11 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.devi
     model = getattr(model, "_orig_mod", model)
     manifest = Manifest.read(Path(folder))
     found = {name: place for place in places(model) for name in place.names}
-    _check_fits(found, manifest)
+    grown = _growth(model, found, manifest)
+    _check_fits(found | grown, manifest)
+    for name, place in grown.items():
+        lowrank.grow(*place.owners[0], place.tensor)
+        found[name] = place
     aliases: dict[str, list[Place]] = {}
     for alias, name in manifest.tied.items():
         aliases.setdefault(name, []).append(found[alias])
@@ -94,6 +99,17 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.devi
         if name in manifest.weights:
             lines.append(_line(found[name]))
     return Report(tuple(lines), ", ".join(sorted({weight.format for weight in manifest.weights.values()})))
+
+
+def _growth(model: nn.Module, found: dict[str, Place], manifest: Manifest) -> dict[str, Place]:
+    """Places for what the folder has and the model could grow: factors, biases (lowrank.py)."""
+    entries = manifest.plain | {alias: manifest.plain[n] for alias, n in manifest.tied.items() if n in manifest.plain}
+    new = {name: entry for name, entry in entries.items() if name not in found}
+    owners = lowrank.growth(model, {name: entry.shape for name, entry in new.items()})
+    return {
+        name: Place(lowrank.empty(new[name].shape, DTYPES[new[name].dtype]), [name], [owner])
+        for name, owner in owners.items()
+    }
 
 
 def _fill(place: Place, name: str, manifest: Manifest, device: torch.device | str | None) -> None:

@@ -1,0 +1,103 @@
+"""Statistics of the inputs of linears, while the model runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from fp6_compile.algorithms import Needs, Statistics
+from fp6_compile.places import Place
+
+
+@dataclass
+class Shared:
+    """Linears that get the same tensor, as q, k and v do, share what is known of it."""
+
+    stats: Statistics
+    latest: Tensor | None = None
+    calls: int = 0
+    norm: nn.Module | None = None
+    linears: list[nn.Module] = field(default_factory=list)
+
+
+class Collector:
+    """Hooks on the linears of some places: run the model in `with collector.hooks():`.
+
+    Linears whose first input is one and the same tensor share statistics from then on: those of all distinct inputs of any
+    of them. So do linears that share a weight.
+    """
+
+    def __init__(self, places: list[Place], needs: Needs) -> None:
+        self.needs = needs
+        self._norms: dict[nn.Module, Tensor] = {}
+        self._of: dict[int, Shared] = {}
+        self._linears = [(place, m) for place in places for m, name in place.owners if name == "weight"]
+
+    def __getitem__(self, place: Place) -> Statistics | None:
+        """None for a linear that was never called, or called with nothing but NaN."""
+        shared = self._of.get(id(place))
+        return shared.stats if shared is not None and shared.stats.count else None
+
+    def left_out(self, place: Place) -> int:
+        """Tokens that were left out, for NaN or infinite values."""
+        shared = self._of.get(id(place))
+        return shared.stats.left_out if shared is not None else 0
+
+    def behind_norms(self) -> list[tuple[nn.Module, list[nn.Module], Shared]]:
+        """(norm, linears that get its output, what they share), in the order of the first call."""
+        found = {id(shared): shared for shared in self._of.values()}
+        return [(shared.norm, shared.linears, shared) for shared in found.values() if shared.norm is not None]
+
+    @contextlib.contextmanager
+    def hooks(self, modules: Iterable[nn.Module] = ()) -> Iterator[None]:
+        """While open, what the linears are called with is added; norms among `modules` are recognized as their inputs."""
+        handles: list[RemovableHandle] = [
+            module.register_forward_pre_hook(self._hook(place), with_kwargs=True) for place, module in self._linears
+        ]
+        handles += [module.register_forward_hook(self._note_norm) for module in modules if _is_norm(module)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._norms.clear()
+            for shared in self._of.values():
+                shared.latest = None
+
+    def _hook(self, place: Place) -> Any:
+        def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = args[0] if args else kwargs["input"]
+            shared = self._of.get(id(place)) or self._first(x)
+            self._of[id(place)] = shared
+            if module not in shared.linears:
+                shared.linears.append(module)
+            if shared.latest is not x:
+                shared.stats.add(x)
+                shared.latest = x
+                shared.calls += 1
+
+        return see
+
+    def _first(self, x: Tensor) -> Shared:
+        for shared in self._of.values():
+            if shared.latest is x and shared.calls == 1:
+                return shared
+        norm = next((norm for norm, out in self._norms.items() if out is x), None)
+        return Shared(Statistics(x.shape[-1], self.needs >= Needs.HESSIAN, x.device), norm=norm)
+
+    def _note_norm(self, module: nn.Module, args: Any, out: Any) -> None:
+        if isinstance(out, Tensor):
+            self._norms[module] = out
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """A leaf whose parameters are a weight [K] and perhaps a bias [K]."""
+    parameters = dict(module.named_parameters())
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    known = parameters.keys() <= {"weight", "bias"} and weight is not None and weight.dim() == 1
+    return known and (bias is None or bias.shape == weight.shape)  # type: ignore[union-attr]

@@ -1,0 +1,192 @@
+"""`calibrate_`: `quantize_` with an algorithm, block by block.
+
+For each block: run it on the calibration inputs as the blocks before, quantized, leave them; gather statistics; quantize its
+linears; run it again for the next. Linears outside of the blocks come last. The peak is the packed model, one block and its
+statistics, and the activations of the calibration set between two blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp6_compile.algorithms import RTN, Algorithm, Needs
+from fp6_compile.calibration.chain import Chain, find_blocks, quiet
+from fp6_compile.calibration.collect import Collector
+from fp6_compile.calibration.layer import quantize_linear, restore
+from fp6_compile.calibration.smooth import equalize_
+from fp6_compile.calibration.state import Done, State, digest, text_digest
+from fp6_compile.config import Options
+from fp6_compile.formats import get_format
+from fp6_compile.model import Values, is_weight, keep, refusal
+from fp6_compile.places import Place, places
+from fp6_compile.quantize import Grid
+from fp6_compile.report import LinearReport, Report, log_report, progress
+from fp6_compile.storage import folder_entries
+from fp6_compile.tensor import PackedTensor
+
+
+def calibrate_(
+    model: nn.Module,
+    inputs: Iterable[Any] = (),
+    *,
+    algorithm: Algorithm | None = None,
+    format: str | Grid = "e3m2",
+    group_size: int | None = None,
+    skip: Iterable[str] = (),
+    min_features: int = 128,
+    float32: bool = False,
+    device: torch.device | str | None = None,
+    source: str | os.PathLike[str] | None = None,
+    blocks: str | None = None,
+    equalize: float | None = None,
+    resume: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Replace the weight of every nn.Linear of `model` by a PackedTensor that `algorithm` made, from what the model does.
+
+    Args:
+        model: any module; in FP16 or BF16, best.
+        inputs: of the model: tensors, tuples of arguments or mappings of keywords, on the model's device. They are held
+            until the end. Not needed by algorithms without statistics (RTN, Clip).
+        algorithm: of fp6_compile.algorithms; None is RTN, and the same as quantize_.
+        format: a name, or a grid. Of a grid that is no format of the backend, the dequantized weights are put into the
+            model, for evaluation.
+        group_size, skip, min_features, float32: as in config.Options.
+        device, source: as for `quantize_`: with `source` and empty parameters, blocks are read when their turn comes.
+        blocks: the name of the module whose children are the blocks; None takes the longest nn.ModuleList, "" none: the
+            whole model at once.
+        equalize: SmoothQuant's migration strength (0.5 there): before a block is quantized, its norms are equalized with the
+            linears behind them, where that leaves the block's output as it is.
+        resume: a folder for the state; a calibration that was killed goes on from the last whole block, to the same bits. Of
+            no use without inputs.
+
+    Returns:
+        What was quantized, what was left alone and why; notes on linears that were never called (they are quantized as
+        without data) and on tokens that were left out for NaN. It is logged, too.
+
+    Raises:
+        ValueError: a bad option; no inputs where the algorithm needs some; a model that is no chain of blocks; `resume`
+            has another calibration's state. The model is then as it was, but for tensors that were read from `source`.
+    """
+    algorithm = algorithm or RTN()
+    if equalize is not None and not 0 <= equalize <= 1:
+        raise ValueError(f"equalize: got {equalize!r}, needs a number from 0 to 1, or None")
+    grid = get_format(format) if isinstance(format, str) else format
+    given = {"group_size": group_size, "skip": list(skip), "min_features": min_features, "float32": float32}
+    options = Options.parse(None, given)
+    run = _Run(getattr(model, "_orig_mod", model), algorithm, grid, options, device, source, equalize)
+    found = find_blocks(run.model, blocks)
+    with quiet(run.model):
+        if algorithm.needs == Needs.NOTHING and equalize is None:
+            run.without_data(found)
+        else:
+            run.with_data(found, inputs, resume)
+    names = [place.names[0] for place in run.places]
+    report = Report(tuple(run.lines[name] for name in names if name in run.lines), grid.name)
+    log_report(report)
+    return report
+
+
+class _Run:
+    """One calibration: what is the same for all blocks, and the report so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        algorithm: Algorithm,
+        grid: Grid,
+        options: Options,
+        device: torch.device | str | None,
+        source: str | os.PathLike[str] | None,
+        equalize: float | None,
+    ) -> None:
+        self.model, self.algorithm, self.grid, self.options = model, algorithm, grid, options
+        self.target = (
+            torch.device(device) if device is not None else torch.device("cpu") if source is not None else None
+        )
+        self.places = places(model)
+        self.values = Values(self.places, {} if source is None else folder_entries(source), self.target)
+        self.refusals = {id(p): refusal(p, options, self.target) for p in self.places if is_weight(p, options)}
+        self.equalize = equalize
+        self.lines: dict[str, LinearReport] = {}
+
+    def without_data(self, blocks: list[nn.Module]) -> None:
+        """Quantize all linears."""
+        parts, rest = self._split(blocks)
+        for part in progress([*parts, rest], "fp6: packing"):
+            self._quantize(part, None)
+
+    def with_data(self, blocks: list[nn.Module], inputs: Iterable[Any], resume: str | os.PathLike[str] | None) -> None:
+        """Quantize the blocks, one by one, and then the rest."""
+        parts, rest = self._split(blocks)
+        for place in rest + (parts[0] if parts else []):
+            self._fetch(place)
+        chain = Chain(self.model, blocks, inputs)
+        state = State(resume, self._about(chain) if resume is not None else {})
+        for index, part in enumerate(progress(parts, "fp6: calibrating")):
+            done = state.load(index)
+            for place in part:
+                if done is None or place.names[0] not in done.tensors:
+                    self._fetch(place)
+            if done is None:
+                collector = self._collector(part)
+                with collector.hooks(blocks[index].modules() if self.equalize is not None else ()):
+                    chain.look(index)
+                smooth = {} if self.equalize is None else equalize_(chain, index, part, collector, self.equalize)
+                done = self._quantize(part, collector)
+                state.save(index, Done(smooth | done.tensors, done.lines))
+            else:
+                restore(self.model, part, done.tensors)
+                self.lines |= done.lines
+            chain.advance(index)
+        collector = self._collector(rest)
+        with collector.hooks():
+            chain.rest()
+        self._quantize(rest, collector)
+
+    def _about(self, chain: Chain) -> dict[str, str]:
+        """What tells this calibration from others."""
+        shapes = (f"{name} {list(p.shape)} {p.dtype}" for name, p in self.model.named_parameters())
+        return {
+            "algorithm": repr(self.algorithm),
+            "options": repr((self.grid, self.options, self.equalize)),
+            "model": text_digest(shapes),
+            "inputs": digest((chain.inputs, chain.hidden)),
+        }
+
+    def _split(self, blocks: list[nn.Module]) -> tuple[list[list[Place]], list[Place]]:
+        """The places of each block, and the rest; one that several share belongs to the first."""
+        of = {id(module): index for index, block in reversed([*enumerate(blocks)]) for module in block.modules()}
+        parts: list[list[Place]] = [[] for _ in blocks]
+        rest: list[Place] = []
+        for place in self.places:
+            inside = [of[id(module)] for module, _ in place.owners if id(module) in of]
+            whole = len(inside) == len(place.owners)
+            (parts[min(inside)] if whole else rest).append(place)
+        return parts, rest
+
+    def _fetch(self, place: Place) -> None:
+        """Bring the place's value to where it is to be."""
+        keep(place, self.values.of(place))
+
+    def _taken(self, place: Place) -> bool:
+        return self.refusals.get(id(place), ("",)) is None and not isinstance(place.tensor, PackedTensor)
+
+    def _collector(self, part: list[Place]) -> Collector:
+        return Collector([place for place in part if self._taken(place)], self.algorithm.needs)
+
+    def _quantize(self, part: list[Place], collector: Collector | None) -> Done:
+        done = Done({}, {})
+        for place in part:
+            if collector is None:
+                self._fetch(place)
+            if id(place) in self.refusals:
+                how = self.algorithm, self.grid, self.options.group_size, collector
+                done.lines[place.names[0]], new = quantize_linear(place, self.refusals[id(place)], *how)
+                done.tensors.update(new)
+        self.lines |= done.lines
+        return done
