@@ -307,6 +307,19 @@ def test_it_leaves_no_trace():
     assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(SwiGLU.forward)) == 1
 
 
+def test_it_takes_no_part_of_the_recompile_limit():
+    linear = torch.nn.Linear(DIM, DIM).bfloat16().requires_grad_(False)
+    model = torch.nn.Sequential(linear)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    compiled(_x())
+    for _ in range(3):
+        fp6_compile.explain(model, _x(), device="cpu")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        compiled(torch.randn(7, DIM).bfloat16())
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            compiled(torch.randn(8, DIM).bfloat16())
+
+
 def test_without_triton(monkeypatch):
     """The linears, their bytes and the prediction of the bytes are still there."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -65,4 +66,12 @@ def _forget_code(backend: Callable[..., Any]) -> None:
             continue
         for entry in ours:  # beside the user's own: as Dynamo does when an object that a guard asks for is gone
             if (state := entry.guard_manager.extra_state) is not None:
-                state.invalidate(entry, guards.DeletedGuardManagerWrapper("explain is over"))
+                state.invalidate(entry, _Gone("explain is over"))
+
+
+class _Gone(guards.DeletedGuardManagerWrapper):
+    """Guards that nothing matches, of an entry that recompile_limit does not count: it seems to be of another object."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.id_matched_objs = {"explain": weakref.ref(_Gone)}
