@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from benchmarks.machine import Compiled, compile_kernel
-from fp6_compile.formats import get_format
+from fp6_compile.formats import Format, get_format
 from fp6_compile.kernels.config import LARGEST_MMA_M, Config, Device, config_for, constexprs
 from fp6_compile.kernels.mm import mm_kernel
-from fp6_compile.packing import BLOCK_K
+from fp6_compile.kernels.run import three
+from fp6_compile.slabs import BLOCK_K
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WIDE, NARROW = (
@@ -91,6 +93,12 @@ def tile_of(case: Case) -> Config | None:
     return config_for(case.m, case.n, case.k, case.group_size, DTYPES[case.dtype], device)
 
 
+def _planes(fmt: Format) -> dict[str, str | None]:
+    """Types of the three pointers to planes, None for one that the format lacks."""
+    types = ["*u8" if width == 1 else "*i16" for width in fmt.planes]
+    return dict(zip(("W0", "W1", "W2"), three(types), strict=True))
+
+
 @functools.cache
 def compile_case(case: Case) -> Kernel:
     """The eager kernel for `case`, compiled with no GPU.
@@ -100,9 +108,11 @@ def compile_case(case: Case) -> Kernel:
     nvidia, tile = case.target.startswith("sm"), tile_of(case)
     if tile is None:
         raise ValueError(f"{case.name}: the vendor's matmul, no kernel of ours")
-    constants = constexprs(tile, get_format(case.format), case.group_size, case.k, use_asm=nvidia)
-    x = f"*{case.dtype}"
-    types = {"X": x, "W4": "*i16", "W2": "*i16", "SCALE": "*fp32", "OUT": x, "PARTS": "*fp32", "LOCKS": "*i32"}
+    constants: dict[str, Any] = constexprs(tile, get_format(case.format), case.group_size, case.k, use_asm=nvidia)
+    x, planes = f"*{case.dtype}", _planes(get_format(case.format))
+    constants |= {name: None for name, of in planes.items() if of is None}
+    types = {"X": x, "SCALE": "*fp32", "OUT": x, "PARTS": "*fp32", "LOCKS": "*i32"}
+    types |= {name: of for name, of in planes.items() if of is not None}
     types |= dict.fromkeys(("M", "N", "K", "stride_xm"), "i32")
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     aligned = [name for name in types if name != "M"]

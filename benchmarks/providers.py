@@ -39,7 +39,7 @@ class SixBit(nn.Module):
     def __init__(self, weight: Tensor, spec: Spec) -> None:
         super().__init__()
         self.fmt, self.group_size = get_format(spec.format), spec.group_size
-        self.layout = layout_for(weight.device, spec.dtype)
+        self.layout = layout_for(weight.device, spec.dtype, self.fmt)
         codes, scale = quantize(weight, self.fmt, spec.group_size)
         step = (1 << 24) // weight.shape[1] // 16 * 16 or 16  # rows packed at a time: packing needs int32 temporaries
         blocks = [pack(rows, self.fmt, self.layout) for rows in codes.split(step)]

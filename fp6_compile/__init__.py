@@ -4,6 +4,7 @@
     quantize   weight -> codes and scales
     algorithms weight -> codes and scales, by what the layer sees: GPTQ, clip search and others
     packing    codes <-> canonical planes <-> device layout
+    slabs      the device layouts of GPUs
     ops        fp6::dequantize, fp6::mm: what a packed weight means
     config     the options
     linears    which inputs of a graph are weights, and why others are not

@@ -74,7 +74,13 @@ def _parser() -> argparse.ArgumentParser:
         "source", metavar="SRC", type=Path, help="a transformers folder: config.json and safetensors files"
     )
     command.add_argument("target", metavar="DST", type=Path, help="a folder to make")
-    command.add_argument("--format", default="e3m2", choices=sorted(FORMATS), help="default: e3m2")
+    command.add_argument(
+        "--format",
+        default="e3m2",
+        choices=["auto", *sorted(FORMATS)],
+        metavar="FORMAT",
+        help="e3m2 (default), e2m3, auto (the better of these, layer by layer), or another eXmY of 3 to 8 bits",
+    )
     command.add_argument(
         "--group-size", type=int, metavar="N", help="inputs that share a scale; without it a whole row"
     )

@@ -17,7 +17,7 @@ def _positive(value: object) -> bool:
 
 # Per option: whether a value will do, and the words for what would have.
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "format": (lambda v: isinstance(v, str) and v in FORMATS, f"one of {sorted(FORMATS)}"),
+    "format": (lambda v: isinstance(v, str) and v in (*FORMATS, "auto"), f"'auto' or one of {sorted(FORMATS)}"),
     "group_size": (lambda v: v is None or _positive(v), "a positive integer or None"),
     "scale": (lambda v: isinstance(v, str) and v in SCALES, f"one of {list(SCALES)}"),
     "skip": (
@@ -36,7 +36,8 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 class Options:
     """What `torch.compile(model, backend="fp6", options={...})` accepts.
 
-    format: "e3m2" (the papers' format, robust to outliers) or "e2m3" (half the error on ordinary weights).
+    format: "e3m2" (the papers' format, robust to outliers), "e2m3" (half the error on ordinary weights), "auto" (for each
+        weight the one of these two with less error; for weights that are merged, together), or another of `FORMATS`.
     group_size: inputs that share a scale, or None for one scale per output channel. On a GPU a multiple of 32.
     scale: "absmax", or "mse" to search the clipping ratio with the least squared error.
     skip: globs of module names to leave alone, for example ["lm_head", "*.down_proj"].

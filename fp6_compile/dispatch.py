@@ -87,7 +87,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
         raise TypeError(f"fp6: {weight!r} cannot become {dtype}, only float16, bfloat16 or float32")
     how = {"device": device, "non_blocking": kwargs.get("non_blocking") or False, "copy": True}
     copy = weight.map(lambda t: t.to(**how), dtype=dtype)
-    return copy if device.type == "meta" else copy.repack(layout_for(device, dtype))
+    return copy if device.type == "meta" else copy.repack(layout_for(device, dtype, get_format(weight.spec.format)))
 
 
 @_implements(aten.copy_.default)

@@ -1,7 +1,10 @@
-"""Six-bit floating-point formats, as data.
+"""Floating-point formats of three to eight bits, as data.
 
 A format EeMm has one sign bit, e exponent bits and m mantissa bits, the IEEE bias 2^(e-1) - 1, gradual underflow, and
 neither infinities nor NaN: every code is a finite number, and the all-ones exponent is an ordinary one (OCP MX, table 1).
+So is E4M3's last code, NaN in OCP FP8: 480 is its largest value, all others are the same. With five exponent bits the
+all-ones exponent stays IEEE's, as in OCP E5M2, because FP16 has no larger number: `encode` never gives it. Six exponent bits
+do not fit FP16 at all, and without one a code is an integer.
 
 *Bias shift* (FP6-LLM, arXiv 2401.14112, section 5.3; ZeroQuant(4+2), arXiv 2312.08583): put the code's sign into the sign
 of a wider float and its exponent and mantissa, as one run of bits, across that float's exponent/mantissa boundary.
@@ -28,7 +31,7 @@ _WIDE = {torch.float16: (5, 10), torch.bfloat16: (8, 7)}
 
 @dataclass(frozen=True)
 class Format:
-    """A sign, `exponent_bits` and `mantissa_bits`; bit 5 of a code is the sign, bit 0 the last mantissa bit."""
+    """A sign, `exponent_bits` and `mantissa_bits`; the highest bit of a code is the sign, bit 0 the last mantissa bit."""
 
     name: str
     exponent_bits: int
@@ -46,8 +49,13 @@ class Format:
 
     @property
     def sign(self) -> int:
-        """The sign bit of a code, as a mask; `sign - 1` is the code of the largest value."""
+        """The sign bit of a code, as a mask."""
         return 1 << (self.bits - 1)
+
+    @property
+    def max_code(self) -> int:
+        """The code of the largest value."""
+        return self.sign - 1 - (2**self.mantissa_bits if self.exponent_bits == 5 else 0)
 
     @property
     def planes(self) -> tuple[int, ...]:
@@ -57,7 +65,8 @@ class Format:
     @property
     def max(self) -> float:
         """The largest value: 28 for E3M2, 7.5 for E2M3."""
-        return float(2 ** (2**self.exponent_bits - 1 - self.bias) * (2 - 2.0**-self.mantissa_bits))
+        exponent = (self.max_code >> self.mantissa_bits) - self.bias
+        return 2.0**exponent * (2 - 2.0**-self.mantissa_bits)
 
     def shift(self, dtype: torch.dtype) -> int:
         """Left shift that lays exponent and mantissa across the boundary of `dtype` (torch.float16 or torch.bfloat16)."""
@@ -75,15 +84,17 @@ class Format:
 
     def decode(self, codes: Tensor) -> Tensor:
         """The exact values of `codes` (uint8, any shape), in float32."""
-        # A gather from 64 values takes a third of the time of shifting every code, on a CPU.
+        # A gather from a few values takes a third of the time of shifting every code, on a CPU.
         return self.values(codes.device).index_select(0, codes.flatten().to(torch.int32)).view(codes.shape)
 
     def encode(self, values: Tensor) -> Tensor:
         """The nearest codes (uint8, shape of `values`): ties to the even code, magnitudes above `max` saturate.
 
-        `values` are finite float32. Exact: the sum of a magnitude and 1.5 x 2^(23 - m) times its own power of two has the
-        format's spacing as its last place, so that the addition itself rounds to it, once, and leaves the number of steps
-        in the sum's low bits. Integers and one addition: frexp and ldexp take fifteen times as long on a CPU.
+        Without a mantissa, ties of two powers of two go to the larger. `values` are finite float32.
+
+        Exact: the sum of a magnitude and 1.5 x 2^(23 - m) times its own power of two has the format's spacing as its last
+        place, so that the addition itself rounds to it, once, and leaves the number of steps in the sum's low bits. Integers
+        and one addition: frexp and ldexp take fifteen times as long on a CPU.
         """
         m = self.mantissa_bits
         bits = values.to(torch.float32).view(torch.int32)
@@ -94,7 +105,7 @@ class Format:
         magic = power + ((23 - m << 23) + (1 << 22))
         steps = magnitude.view(torch.float32).add_(magic.view(torch.float32)).view(torch.int32).sub_(magic)
         # A mantissa that rounds up to the next power of two carries into the exponent by itself.
-        code = steps.add_((power >> (23 - m)) - (low << m)).clamp_(max=self.sign - 1)
+        code = steps.add_((power >> (23 - m)) - (low << m)).clamp_(max=self.max_code)
         return code.bitwise_or_((bits >> (32 - self.bits)).bitwise_and_(self.sign)).to(torch.uint8)
 
     def round(self, values: Tensor) -> Tensor:
@@ -106,7 +117,15 @@ class Format:
         return magnitude.add_(magic).sub_(magic).clamp_(max=self.max).copysign_(values)
 
 
-FORMATS = {f.name: f for f in (Format("e3m2", 3, 2), Format("e2m3", 2, 3))}
+FORMATS = {
+    f"e{e}m{bits - 1 - e}": Format(f"e{e}m{bits - 1 - e}", e, bits - 1 - e)
+    for bits in range(3, 9)
+    for e in range(1, min(5, bits - 1) + 1)
+}
+
+
+# What format="auto" chooses from: six bits each, and the kernels have tables for both.
+AUTO = ("e3m2", "e2m3")
 
 
 def get_format(name: str) -> Format:

@@ -22,10 +22,11 @@ from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Node, map_arg
 
 from fp6_compile.config import Options
-from fp6_compile.formats import get_format
+from fp6_compile.formats import AUTO, Format, get_format
 from fp6_compile.linears import Weight, find_weight, module_names, refusal
 from fp6_compile.merging import Candidate, groups
-from fp6_compile.packing import plane_names
+from fp6_compile.packing import layout_for, plane_names
+from fp6_compile.quantize import choose_format
 from fp6_compile.report import LinearReport, count
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import PackSpec, Planes, WeightInput, packed_planes
@@ -108,14 +109,22 @@ class PackedGraph:
             if not candidate.packed:
                 count("linears_taken")
             size = sum(tensor.nbytes for planes in packs for tensor in planes.weights[i].tensors)
-            self._report(candidate, size, note=_note(candidate, group))
+            self._report(candidate, size, note=_note(candidate, group), format=packs[0].spec.format)
 
     def _pack(self, group: list[Candidate], transposed: bool) -> Planes:
         first = group[0]
-        how = first.packed or self.options
-        device = first.value.device
-        spec = PackSpec(how.format, how.group_size, self.options.scale, first.layout, transposed, device)
+        how, value = first.packed or self.options, first.value
+        fmt = self._format(group, transposed)
+        layout = first.packed.layout if first.packed else layout_for(value.device, value.dtype, fmt)
+        spec = PackSpec(fmt.name, how.group_size, self.options.scale, layout, transposed, value.device)
         return packed_planes([c.value for c in group], spec, [c.names[0] for c in group])
+
+    def _format(self, group: list[Candidate], transposed: bool) -> Format:
+        options, packed = self.options, group[0].packed
+        if packed or options.format != "auto":
+            return get_format(packed.format if packed else options.format)
+        weights = [c.value.detach().t() if transposed else c.value.detach() for c in group]
+        return choose_format(weights, [get_format(name) for name in AUTO], options.group_size, options.scale)
 
     def _replace(self, group: list[Candidate], planes: Planes) -> None:
         """Each weight's readers read its rows of the dequantized planes instead."""
@@ -174,7 +183,8 @@ def _can_move(candidate: Candidate) -> bool:
 def _packed_already(node: Node, weight: PackedTensor) -> LinearReport:
     """The line of a weight that quantize_ or load has packed: the graph multiplies by it through fp6::mm by itself."""
     name, shape = module_names(Weight(node))[0], tuple(weight.shape)
-    return LinearReport(name, shape, weight.dtype, weight.nbytes, weight.packed_bytes, note="packed already")
+    how = {"note": "packed already", "format": weight.spec.format}
+    return LinearReport(name, shape, weight.dtype, weight.nbytes, weight.packed_bytes, **how)
 
 
 def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

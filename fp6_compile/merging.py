@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fp6_compile.linears import Weight, input_of
-from fp6_compile.packing import layout_for, rows_per_index
+from fp6_compile.packing import CPU, rows_per_index, slab_layout
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,11 @@ class Candidate:
         return getattr(self.value, "spec", None)
 
     @property
-    def layout(self) -> str:
-        """That of its planes."""
-        return self.packed.layout if self.packed else layout_for(self.value.device, self.value.dtype)
+    def granularity(self) -> int:
+        """Rows that one index of its planes holds: six bits', for no other width's index holds more."""
+        if self.packed:
+            return rows_per_index(self.packed.layout)
+        return rows_per_index(CPU if self.value.device.type == "cpu" else slab_layout(self.value.dtype))
 
 
 def groups(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
@@ -76,7 +78,7 @@ def _key(candidate: Candidate) -> Hashable:
 
 def _aligned(together: list[Candidate]) -> list[list[Candidate]]:
     """One group in which every weight starts at an index of its own; weights that would prevent it stay alone."""
-    granularity = rows_per_index(together[0].layout)
+    granularity = together[0].granularity
     whole = [candidate for candidate in together if candidate.rows % granularity == 0]
     odd = [candidate for candidate in together if candidate.rows % granularity != 0]
     return [group for group in ([*whole, *odd[:1]], *([candidate] for candidate in odd[1:])) if group]

@@ -235,7 +235,8 @@ def _pack(place: Place, value: Tensor, refusal: tuple[str, bool] | None, options
         keep(place, value)
     packed = place.tensor
     after = packed.packed_bytes if isinstance(packed, PackedTensor) else before
-    return LinearReport(place.title, shape, dtype, before, after, reason, note)
+    format = packed.spec.format if isinstance(packed, PackedTensor) else None
+    return LinearReport(place.title, shape, dtype, before, after, reason, note, format)
 
 
 def keep(place: Place, value: Tensor) -> None:

@@ -33,7 +33,7 @@ from fp6_compile.storage import Entry, folder_entries, read
 from fp6_compile.tensor import PackedTensor
 
 BLOCK = 32
-_FORMATS = {f"fp6_{name}": name for name in FORMATS}
+_FORMATS = {f"fp6_{name}": name for name in ("e3m2", "e2m3")}
 
 
 def is_mx(folder: str | os.PathLike[str]) -> bool:

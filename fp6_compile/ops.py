@@ -26,7 +26,7 @@ from torch import SymInt, Tensor
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.config import supports
 from fp6_compile.kernels.cpu.build import load
-from fp6_compile.packing import CPU, inputs_held, layout_for, rows_per_index, unpack
+from fp6_compile.packing import CPU, PLANES, inputs_held, rows_per_index, slab_layout, unpack
 from fp6_compile.quantize import dequantize as _dequantize
 
 _lib = torch.library.Library("fp6", "DEF")
@@ -56,7 +56,7 @@ def dequantize(
     dtype: torch.dtype,
 ) -> Tensor:
     """The weight [N, k] in `dtype`: code values times scale in float32, rounded once. Any device."""
-    _check(k, planes, scale, layout, group_size)
+    _check(k, planes, scale, format, layout, group_size)
     n = scale.shape[1]
     fmt = get_format(format)
     return _dequantize(unpack(planes, fmt, layout, n, k), scale, fmt, group_size, dtype)
@@ -82,7 +82,7 @@ def mm_on_gpu(
         return mm_by_rows(x, planes, scale, format, layout, group_size)
     from fp6_compile.kernels import launch  # here, because it imports Triton
 
-    _check(x.shape[-1], planes, scale, layout, group_size)
+    _check(x.shape[-1], planes, scale, format, layout, group_size)
     out = launch.mm(x.reshape(-1, x.shape[-1]), planes, scale, get_format(format), group_size)
     return out.view(*x.shape[:-1], scale.shape[1])
 
@@ -99,18 +99,24 @@ def mm_at_first(
     x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
     """`x @ W.T` where no kernel is registered: on a CPU the C++ one is now; by rows elsewhere, and without a compiler."""
-    if x.device.type == "cpu" and layout == CPU and load():
+    if x.device.type == "cpu" and layout in (CPU, PLANES) and load():
         return torch.ops.fp6.mm(x, planes, scale, format, layout, group_size)
     return mm_by_rows(x, planes, scale, format, layout, group_size)
 
 
 def has_kernel(device: torch.device, dtype: torch.dtype, layout: str, group_size: int | None) -> bool:
     """Whether the GPU kernel reads `layout` for activations of `dtype`; each layout holds the lanes of one compute dtype."""
-    return device.type == "cuda" and layout == layout_for(device, dtype) and supports(group_size) is None
+    return device.type == "cuda" and layout == slab_layout(dtype) and supports(group_size) is None
 
 
-def _check(k: int | SymInt, planes: Sequence[Tensor], scale: Tensor, layout: str, group_size: int | None) -> None:
-    stored = inputs_held(planes[0], layout)
+def _check(
+    k: int | SymInt, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
+) -> None:
+    fmt = get_format(format)
+    torch._check_value(
+        len(planes) == len(fmt.planes), lambda: f"fp6: got {len(planes)} planes, {format} has {len(fmt.planes)}"
+    )
+    stored = inputs_held(planes, fmt, layout)
     torch._check(
         -(-k // stored.granularity) * stored.granularity == stored.inputs,
         lambda: f"fp6: x has {k} features, but the weight was packed with {stored.inputs} inputs, padding included",
@@ -145,13 +151,13 @@ def _(
     k: int | SymInt,
     dtype: torch.dtype,
 ) -> Tensor:
-    _check(k, planes, scale, layout, group_size)
+    _check(k, planes, scale, format, layout, group_size)
     return scale.new_empty(scale.shape[1], k, dtype=dtype)
 
 
 @torch.library.register_fake("fp6::mm", lib=_lib)
 def _(x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None) -> Tensor:
-    _check(x.shape[-1], planes, scale, layout, group_size)
+    _check(x.shape[-1], planes, scale, format, layout, group_size)
     return x.new_empty(*x.shape[:-1], scale.shape[1])
 
 

@@ -1,30 +1,18 @@
-"""Codes <-> bytes: the canonical 4+2 planes that are stored, and the device layouts that the kernels read.
+"""Codes <-> bytes: the canonical planes that are stored, and the device layouts that the kernels read.
 
 Six bits do not divide a machine word, so a code is split into its low four bits and its high two (ZeroQuant(4+2);
-FP6-LLM, section 5.2), kept in two tensors, `w4` and `w2`, that both load aligned.
+FP6-LLM, section 5.2), kept in two tensors, `w4` and `w2`, that both load aligned. So for every width: `Format.planes` are
+4 + 1 for five bits, 4 + 2 + 1 for seven, the low bits first, and a plane's name is its width.
 
-"planes.v1" (canonical; checkpoints), little end first along K, K padded to a multiple of 4 with code 0:
+"planes.v1" (canonical; checkpoints; and the C++ kernel, for other widths than six), little end first along K, K padded with
+code 0 so that all planes end with a byte (six bits: to a multiple of 4):
 
     w4 [N, K/2] uint8    byte i = low4(k = 2i)  | low4(2i+1)  << 4
     w2 [N, K/4] uint8    byte i = high2(k = 4i) | high2(4i+1) << 2 | high2(4i+2) << 4 | high2(4i+3) << 6
 
-"slabs_fp16.v1", "slabs_bf16.v1" (GPU; one per compute dtype), N padded to 16 and K to 256 with code 0. A block is 16 rows
-by 256 inputs; its inputs are 8 slabs of 32. Three 16-bit words hold the same (row, t) of all 8 slabs:
+"slabs_fp16.v1" and "slabs_bf16.v1" are the GPU's: slabs.py.
 
-    w4 [N/16, K/256, 2, 16, 32] int16    A0: slabs 0-3, A1: slabs 4-7     four weights a word, four bits of each
-    w2 [N/16, K/256,    16, 32] int16    B : slabs 0-7                    eight weights a word, two bits of each
-
-so that a slab is a contiguous stretch of x, and eight weights come out of three words with no bit crossing a 16-bit lane:
-
-    Q = bits(A >> a_shift, mask) | bits(B >> b_shift, ~mask)      one bit-select; Q holds two weights, in float position
-    even slab = Q & float_mask                                     sign at 15, the rest where Format.shift puts it
-    odd slab  = (Q moved by odd_shift) & float_mask                E2M3's sign moves by odd_sign_shift
-
-Which bit of a word holds which bit of a code follows from `LANES`, found by exhaustive search: every bit of the three words
-is used once, every weight has four bits in w4 and two in w2, and left shifts are preferred (they run on the FMA pipe). The
-kernel, this packer and the tests read the same table. Words are int16, not uint16, because few torch ops take uint16.
-
-"cpu.v1" (the C++ kernel), N padded to 4 and K to 64 with code 0. A tile is 4 rows by 64 inputs, in three vectors A, B, C:
+"cpu.v1" (the C++ kernel, six bits), N padded to 4 and K to 64 with code 0. A tile is 4 rows by 64 inputs, in three vectors:
 
     w4 [N/4, K/64, 2, 64] uint8    A: row 0 in the low six bits of each byte; B: row 1     top two bits of A, B and C:
     w2 [N/4, K/64,    64] uint8    C: row 2                                                row 3, from its low bits on
@@ -37,88 +25,51 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp6_compile import slabs
 from fp6_compile.formats import Format
+from fp6_compile.slabs import BLOCK_K, ROWS, SLABS
 
 PLANES = "planes.v1"
-SLABS = {torch.float16: "slabs_fp16.v1", torch.bfloat16: "slabs_bf16.v1"}
 CPU = "cpu.v1"
 LAYOUTS = (PLANES, *SLABS.values(), CPU)
 TILE_ROWS, TILE_K = 4, 64
-ROWS, SLAB, SLABS_PER_BLOCK = 16, 32, 8
-BLOCK_K = SLAB * SLABS_PER_BLOCK
 
 
-@dataclass(frozen=True)
-class Lane:
-    """How one Q, two weights, is cut out of word A{word} and word B. Positive shifts go right, negative ones left."""
-
-    word: int
-    mask: int
-    a_shift: int
-    b_shift: int
+def layout_for(device: torch.device, dtype: torch.dtype, fmt: Format) -> str:
+    """The layout that `fp6::mm` reads fastest on `device` with activations of `dtype`."""
+    if device.type == "cpu":
+        return CPU if fmt.bits == 6 else PLANES
+    return slab_layout(dtype)
 
 
-@dataclass(frozen=True)
-class LaneTable:
-    """The four lanes of a block's word triple, and where the odd slab's weight sits in a lane (shifts as in `Lane`)."""
-
-    odd_shift: int
-    odd_sign_shift: int
-    lanes: tuple[Lane, Lane, Lane, Lane]
-
-
-# E3M2's odd weight is its even one moved as a whole: one shift. In E2M3 no move of the whole leaves the two apart inside 16
-# bits, so the sign moves by itself (two more instructions per two weights).
-LANES = {
-    ("e3m2", torch.float16): LaneTable(
-        -8, -8, (Lane(0, 0x0F0F, 0, -3), Lane(0, 0x1E1E, 3, 0), Lane(1, 0x0F0F, 0, -2), Lane(1, 0x0F0F, 4, -1))
-    ),
-    ("e3m2", torch.bfloat16): LaneTable(
-        -5, -5, (Lane(0, 0x07D9, 4, -1), Lane(0, 0x826F, 0, 2), Lane(1, 0x07D3, 4, 0), Lane(1, 0x82CF, 0, 3))
-    ),
-    ("e2m3", torch.float16): LaneTable(
-        -5, -1, (Lane(0, 0x07F8, -3, -2), Lane(0, 0x07F8, 5, 0), Lane(1, 0xCAAC, -2, 0), Lane(1, 0xCD54, 0, -2))
-    ),
-    ("e2m3", torch.bfloat16): LaneTable(
-        6, -12, (Lane(0, 0x5578, -3, -1), Lane(0, 0xF550, 0, -3), Lane(1, 0x5578, -3, 0), Lane(1, 0xF550, 0, -2))
-    ),
-}
-
-
-def float_mask(fmt: Format, dtype: torch.dtype) -> int:
-    """The 16-bit positions that a bias-shifted code of `fmt` occupies in `dtype`."""
-    return 0x8000 | (fmt.sign - 1) << fmt.shift(dtype)
-
-
-def layout_for(device: torch.device, dtype: torch.dtype) -> str:
-    """The layout that `fp6::mm` reads fastest on `device` with activations of `dtype`; float32 goes through FP16 lanes."""
-    return CPU if device.type == "cpu" else SLABS.get(dtype, SLABS[torch.float16])
+def slab_layout(dtype: torch.dtype) -> str:
+    """The layout of a GPU, for activations of `dtype`; float32 goes through FP16 words."""
+    return SLABS.get(dtype, SLABS[torch.float16])
 
 
 def pack(codes: Tensor, fmt: Format, layout: str) -> tuple[Tensor, ...]:
-    """The planes, (w4, w2) for six bits, of codes [N, K] (uint8) in `layout`: see this module's docstring."""
+    """The planes, low bits first, of codes [N, K] (uint8) in `layout`: see this module's docstring."""
     if layout == PLANES:
         return _pack_planes(codes, fmt)
-    if layout == CPU:
+    if layout == CPU and fmt.bits == 6:
         return _pack_tiles(codes)
-    return _pack_slabs(codes, fmt, _lane_dtype(layout))
+    return slabs.pack(codes, fmt, _lane_dtype(layout))
 
 
 def unpack(planes: Sequence[Tensor], fmt: Format, layout: str, n: int, k: int) -> Tensor:
     """The codes [n, k] (uint8) that `pack` was given: its exact inverse."""
     if layout == PLANES:
         codes = _unpack_planes(planes, fmt)
-    elif layout == CPU:
+    elif layout == CPU and fmt.bits == 6:
         codes = _unpack_tiles(*planes)
     else:
-        codes = _unpack_slabs(planes, fmt, _lane_dtype(layout))
+        codes = slabs.unpack(planes, fmt, _lane_dtype(layout))
     return codes[:n, :k]
 
 
@@ -135,7 +86,7 @@ def canonical_shapes(fmt: Format, n: int, k: int) -> tuple[tuple[int, int], ...]
 
 
 def rows_per_index(layout: str) -> int:
-    """How many weight rows one index of the leading dimension of w4 and w2 holds."""
+    """How many weight rows one index of the leading dimension of the planes holds."""
     return {PLANES: 1, CPU: TILE_ROWS}.get(layout, ROWS)
 
 
@@ -146,20 +97,22 @@ class Held(NamedTuple):
     granularity: int
 
 
-def inputs_held(w4: Tensor, layout: str) -> Held:
-    """How many inputs a w4 of `layout` holds."""
+def inputs_held(planes: Sequence[Tensor], fmt: Format, layout: str) -> Held:
+    """How many inputs planes of `layout` hold."""
     if layout == PLANES:
-        return Held(2 * w4.shape[1], 4)
+        return Held(8 // fmt.planes[0] * planes[0].shape[1], _plane_granularity(fmt))
     if layout == CPU:
-        return Held(TILE_K * w4.shape[1], TILE_K)
+        return Held(TILE_K * planes[0].shape[1], TILE_K)
     _lane_dtype(layout)
-    return Held(BLOCK_K * w4.shape[1], BLOCK_K)
+    return Held(BLOCK_K * planes[0].shape[1], BLOCK_K)
 
 
 def _lane_dtype(layout: str) -> torch.dtype:
     for dtype, name in SLABS.items():
         if name == layout:
             return dtype
+    if layout == CPU:
+        raise ValueError(f"layout: {CPU!r} holds six bits only")
     raise ValueError(f"layout: got {layout!r}, known layouts are {list(LAYOUTS)}")
 
 
@@ -204,36 +157,16 @@ def _unpack_tiles(w4: Tensor, w2: Tensor) -> Tensor:
     return tiles.unflatten(3, (4, 2, 8)).transpose(3, 4).flatten(2).flatten(0, 1)
 
 
-def _pack_slabs(codes: Tensor, fmt: Format, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    n, k = codes.shape
-    table, mask = LANES[fmt.name, dtype], float_mask(fmt, dtype)
-    codes = F.pad(codes, (0, -k % BLOCK_K, 0, -n % ROWS)).to(torch.int32)
-    placed = (codes & fmt.sign) << (16 - fmt.bits) | (codes & (fmt.sign - 1)) << fmt.shift(dtype)
-    slabs = placed.unflatten(0, (-1, ROWS)).unflatten(2, (-1, SLABS_PER_BLOCK, SLAB)).permute(3, 0, 2, 1, 4)
-    a = [torch.zeros_like(slabs[0]) for _ in range(2)]
-    b = torch.zeros_like(slabs[0])
-    for i, lane in enumerate(table.lanes):
-        even, odd = slabs[2 * i], slabs[2 * i + 1]
-        odd = _right(odd & mask & 0x7FFF, -table.odd_shift) | _right(odd & 0x8000, -table.odd_sign_shift)
-        q = even | odd
-        a[lane.word] |= _right(q & lane.mask, -lane.a_shift)
-        b |= _right(q & ~lane.mask, -lane.b_shift)
-    return torch.stack(a, 2).to(torch.int16), b.to(torch.int16).contiguous()
+class PlaneRows:
+    """Planes of n rows in a layout, filled block by block."""
 
+    def __init__(self, n: int, layout: str) -> None:
+        self.n, self.per_index = n, rows_per_index(layout)
+        self.tensors: list[Tensor] = []
 
-def _unpack_slabs(planes: Sequence[Tensor], fmt: Format, dtype: torch.dtype) -> Tensor:
-    w4, w2 = planes
-    table, mask = LANES[fmt.name, dtype], float_mask(fmt, dtype)
-    a, b = w4.to(torch.int32) & 0xFFFF, w2.to(torch.int32) & 0xFFFF
-    placed = []
-    for lane in table.lanes:
-        q = _right(a[:, :, lane.word], lane.a_shift) & lane.mask | _right(b, lane.b_shift) & ~lane.mask & 0xFFFF
-        odd = _right(q, table.odd_shift) & mask & 0x7FFF | _right(q, table.odd_sign_shift) & 0x8000
-        placed += [q & mask, odd]
-    slabs = torch.stack(placed, 3).permute(0, 2, 1, 3, 4)  # [N/16, 16, K/256, 8, 32]
-    wide = slabs.flatten(2).flatten(0, 1)
-    return ((wide & 0x8000) >> (16 - fmt.bits) | wide >> fmt.shift(dtype) & (fmt.sign - 1)).to(torch.uint8)
-
-
-def _right(words: Tensor, shift: int) -> Tensor:
-    return words >> shift if shift >= 0 else words << -shift
+    def put(self, rows: slice, planes: Sequence[Tensor]) -> None:
+        """The planes of some rows, which begin where an index begins."""
+        count = -(-self.n // self.per_index)
+        self.tensors = self.tensors or [plane.new_empty(count, *plane.shape[1:]) for plane in planes]
+        for tensor, plane in zip(self.tensors, planes, strict=True):
+            tensor[rows.start // self.per_index : -(-rows.stop // self.per_index)] = plane

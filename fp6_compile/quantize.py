@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fp6_compile.formats import Format
+
 SCALES = ("absmax", "mse")
 
 # Multiples of the absmax scale that "mse" tries; the first is absmax itself. Below 1 the largest weights are clipped; above
@@ -101,6 +103,24 @@ def dequantize(codes: Tensor, scale: Tensor, fmt: Grid, group_size: int | None, 
     k = codes.shape[1]
     per_weight = scale.T if scale.shape[0] <= 1 else scale.T.repeat_interleave(group_size or k, 1)[:, :k]
     return (fmt.decode(codes) * per_weight).to(dtype)
+
+
+def squared_error(weight: Tensor, fmt: Grid, group_size: int | None, scale: str) -> float:
+    """The sum of the squares of what `weight` [N, K] differs by from its codes' values. Raises as `quantize` does."""
+    n, k = weight.shape
+    total = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for rows in row_blocks(n, k, weight.device):
+        exact = weight[rows].float()
+        codes, scales = quantize(exact, fmt, group_size, scale)
+        total += (dequantize(codes, scales, fmt, group_size, torch.float32) - exact).square_().sum(dtype=torch.float64)
+    return float(total)
+
+
+def choose_format(
+    weights: Sequence[Tensor], formats: Sequence[Format], group_size: int | None = None, scale: str = "absmax"
+) -> Format:
+    """The one of `formats` with the least squared error over all of `weights` [N, K] together; of equals the first."""
+    return min(formats, key=lambda fmt: sum(squared_error(weight, fmt, group_size, scale) for weight in weights))
 
 
 def _check(weight: Tensor, group_size: int | None, scale: str) -> None:

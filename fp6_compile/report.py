@@ -24,7 +24,7 @@ class LinearReport:
     """One weight that matmuls of the graph read.
 
     `shape` is [N, K], outputs by inputs. `reason` says why it was left alone, and is None when it was taken; `note` is what
-    else there is to know of one that was. Bytes are what a matmul reads for it, scales included.
+    else there is to know of one that was, and `format` its own. Bytes are what a matmul reads for it, scales included.
     """
 
     name: str
@@ -34,10 +34,11 @@ class LinearReport:
     bytes_after: int
     reason: str | None = None
     note: str | None = None
+    format: str | None = None
 
     @property
     def taken(self) -> bool:
-        """Whether the linear runs in six bits."""
+        """Whether the linear runs in packed bits."""
         return self.reason is None
 
 
@@ -71,6 +72,9 @@ class Report:
     def summary(self) -> str:
         """One line: how many were taken, the commonest reason why others were not, bytes before and after."""
         line = f"fp6: {len(self.taken)} of {len(self.linears)} linears in {self.format}"
+        if self.format == "auto":
+            formats = Counter(linear.format for linear in self.taken)
+            line += f" ({', '.join(f'{number} {name}' for name, number in sorted(formats.items(), key=str))})"
         reasons = Counter(linear.reason for linear in self.refused)
         if reasons:
             reason, count = reasons.most_common(1)[0]
@@ -83,6 +87,8 @@ class Report:
         for linear in self.linears:
             shape = "x".join(map(str, linear.shape))
             verdict = linear.reason or f"{size_text(linear.bytes_before)} -> {size_text(linear.bytes_after)}"
+            if linear.taken and self.format == "auto":
+                verdict += f" {linear.format}"
             note = f" ({linear.note})" if linear.note else ""
             mark = "fp6 " if linear.taken else "left"
             lines.append(f"  {mark}  {linear.name:<{width}}  {shape:>13}  {verdict}{note}")

@@ -1,7 +1,7 @@
 """A packed weight as a tensor: what `quantize_` puts in the place of an nn.Linear's weight.
 
     PackedTensor [N, K], float16        what everyone sees: shape, dtype, device of the weight it stands for
-        w4, w2                          the planes of its format, in the layout of its device (packing.py)
+        w4, w2 (or others)              the planes of its format, in the layout of its device (packing.py)
         scale [G, N] float32
 
 It is an nn.Parameter like any other: it moves, is copied, saved, tied, sliced and sharded. Linear layers of it run
@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp6_compile import dispatch, lowerings, ops  # noqa: F401  (ops defines fp6::mm)
-from fp6_compile.formats import get_format
+from fp6_compile.formats import AUTO, get_format
 from fp6_compile.kernels.cpu import quantize as cpu
-from fp6_compile.packing import CPU, PLANES, layout_for, pack, plane_names, rows_per_index, unpack
-from fp6_compile.quantize import check_finite, quantize, row_blocks
+from fp6_compile.packing import CPU, PLANES, PlaneRows, layout_for, pack, plane_names, rows_per_index, unpack
+from fp6_compile.quantize import check_finite, choose_format, quantize, row_blocks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -77,19 +77,22 @@ class PackedTensor(Tensor):
         scale: str = "absmax",
         dtype: torch.dtype | None = None,
     ) -> PackedTensor:
-        """`weight` [N, K] (float16, bfloat16 or float32) in six bits, presented in `dtype` (by default its own).
+        """`weight` [N, K] (float16, bfloat16 or float32) in the codes of `format` (or "auto", config.py), presented in
+        `dtype` (by default its own).
 
         Raises ValueError as quantize.quantize does, and for other dtypes and unknown formats.
         """
         if weight.dtype not in DTYPES:
             raise ValueError(f"weight: got {weight.dtype}, needs one of {', '.join(map(str, DTYPES))}")
         weight, dtype = weight.detach(), dtype or weight.dtype
-        fmt, layout = get_format(format), layout_for(weight.device, dtype)
+        if format == "auto":
+            format = choose_format([weight], [get_format(name) for name in AUTO], group_size, scale).name
+        fmt, layout = get_format(format), layout_for(weight.device, dtype, get_format(format))
         spec = Spec(format, layout, group_size, weight.shape[1], dtype)
         if layout == CPU and scale == "absmax" and (fast := cpu.quantize(weight, fmt, group_size)):
             return cls(fast[:2], fast[2], spec)
         n, k = weight.shape
-        planes, scales = _Rows(n, layout), []
+        planes, scales = PlaneRows(n, layout), []
         for rows in row_blocks(n, k, weight.device, rows_per_index(layout)):
             try:
                 codes, s = quantize(weight[rows], fmt, group_size, scale)
@@ -105,10 +108,11 @@ class PackedTensor(Tensor):
         cls, codes: Tensor, scale: Tensor, format: str, group_size: int | None, dtype: torch.dtype
     ) -> PackedTensor:
         """From codes [N, K] (uint8) and scales [G, N] (float32), in the layout of their device."""
-        layout, (n, k) = layout_for(codes.device, dtype), codes.shape
-        planes = _Rows(n, layout)
+        (n, k), fmt = codes.shape, get_format(format)
+        layout = layout_for(codes.device, dtype, fmt)
+        planes = PlaneRows(n, layout)
         for rows in row_blocks(n, k, codes.device, rows_per_index(layout)):
-            planes.put(rows, pack(codes[rows], get_format(format), layout))
+            planes.put(rows, pack(codes[rows], fmt, layout))
         return cls(planes.tensors, scale, Spec(format, layout, group_size, k, dtype))
 
     @classmethod
@@ -116,7 +120,9 @@ class PackedTensor(Tensor):
         cls, planes: Sequence[Tensor], scale: Tensor, format: str, group_size: int | None, k: int, dtype: torch.dtype
     ) -> PackedTensor:
         """From canonical planes, as checkpoints hold them, in the layout of their device."""
-        return cls(planes, scale, Spec(format, PLANES, group_size, k, dtype)).repack(layout_for(scale.device, dtype))
+        return cls(planes, scale, Spec(format, PLANES, group_size, k, dtype)).repack(
+            layout_for(scale.device, dtype, get_format(format))
+        )
 
     @property
     def planes(self) -> tuple[Tensor, ...]:
@@ -146,7 +152,7 @@ class PackedTensor(Tensor):
         fmt, spec, n = get_format(self.spec.format), self.spec, self.scale.shape[1]
         if (fast := cpu.repack(self.planes, spec.layout, layout, n, spec.k)) is not None:
             return PackedTensor(fast, self.scale, spec._replace(layout=layout))
-        planes, per_index = _Rows(n, layout), rows_per_index(spec.layout)
+        planes, per_index = PlaneRows(n, layout), rows_per_index(spec.layout)
         for rows in row_blocks(n, spec.k, self.device, max(per_index, rows_per_index(layout))):
             block = [plane[rows.start // per_index : -(-rows.stop // per_index)] for plane in self.planes]
             planes.put(rows, pack(unpack(block, fmt, spec.layout, rows.stop - rows.start, spec.k), fmt, layout))
@@ -223,21 +229,6 @@ class PackedTensor(Tensor):
         return _rebuild, (canonical.planes, self.scale, tuple(canonical.spec), is_parameter)
 
 
-class _Rows:
-    """Planes of n rows in a layout, filled block by block."""
-
-    def __init__(self, n: int, layout: str) -> None:
-        self.n, self.per_index = n, rows_per_index(layout)
-        self.tensors: list[Tensor] = []
-
-    def put(self, rows: slice, planes: Sequence[Tensor]) -> None:
-        """The planes of some rows, which begin where an index begins."""
-        count = -(-self.n // self.per_index)
-        self.tensors = self.tensors or [plane.new_empty(count, *plane.shape[1:]) for plane in planes]
-        for tensor, plane in zip(self.tensors, planes, strict=True):
-            tensor[rows.start // self.per_index : -(-rows.stop // self.per_index)] = plane
-
-
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(weight, PackedTensor) or weight.spec.transposed:
         with torch._C.DisableTorchFunctionSubclass():
@@ -253,7 +244,7 @@ def _as_parameter(packed: PackedTensor, like: Tensor) -> Any:
 def _rebuild(planes: Sequence[Tensor], scale: Tensor, spec: tuple, is_parameter: bool) -> Tensor:
     """Unpickling: canonical planes, on whatever device they were mapped to."""
     packed = PackedTensor(planes, scale, Spec(*spec))
-    packed = packed.repack(layout_for(packed.device, packed.dtype))
+    packed = packed.repack(layout_for(packed.device, packed.dtype, get_format(packed.spec.format)))
     return torch.nn.Parameter(packed, requires_grad=False) if is_parameter else packed
 
 

@@ -20,6 +20,9 @@ from fp6_compile import backend, passes
 from fp6_compile.formats import FORMATS
 from fp6_compile.quantize import dequantize, quantize
 
+# The formats that kernels have tables for.
+SIX_BITS = {name: FORMATS[name] for name in ("e3m2", "e2m3")}
+
 
 def show(graph: Graph) -> str:
     """One line per node, with dtype and shape, and names that do not depend on the torch version."""

@@ -133,9 +133,10 @@ def test_roles_of_kernels_by_the_shapes_of_their_inputs():
     mm = _event("fp6::mm", [[1, 128], [], [], [1, 768]], us=7000.0)
     events = [
         _event("triton_tem_fused_mm_3", [[1, 384], *planes, [1, 128]], kernels=[2000.0]),
-        _event("aten::mm", [[1, 128], [128, 256]], kernels=[500.0, 500.0]),
+        _event("aten::mm", [[1, 128], [128, 256], [1, 256]], kernels=[500.0, 500.0]),
         _event("triton_poi_fused_2", [[1, 128]], kernels=[250.0]),
-        _event("aten::_scaled_dot_product", [[1, 2, 2, 32], list(cache.keys[0].shape)], kernels=[125.0]),
+        _event("aten::_scaled_dot_product_efficient_attention", [[2, 1, 2, 32], [2, 1, 9, 32]], kernels=[100.0]),
+        _event("triton_poi_fused_3", [[1, 256], list(cache.keys[0].shape)], kernels=[25.0]),
         _event("cudaLaunchKernel", [], us=9000.0),
         _event("kernel", [], device=DeviceType.CUDA),
     ]

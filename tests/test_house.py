@@ -12,6 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up; a room imports its own floor and those below.
 FLOORS = [
     {"formats", "launches"},
+    {"slabs"},
     {"packing", "quantize"},
     {"algorithms", "config", "kernels"},
     {"ops", "linears", "weights", "report", "storage"},

@@ -13,9 +13,10 @@ from torch.testing import assert_close
 from fp6_compile.formats import FORMATS, Format
 from fp6_compile.kernels import config, launch, run
 from fp6_compile.kernels.device import choices
-from fp6_compile.packing import layout_for, pack
+from fp6_compile.packing import pack, slab_layout
 from fp6_compile.quantize import dequantize
 from tests.deviceless.pool import interpreted
+from tests.support import SIX_BITS
 
 E3M2, E2M3 = FORMATS["e3m2"], FORMATS["e2m3"]
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
@@ -44,15 +45,18 @@ def weight(n: int, k: int, group: int | None, seed: int = 0) -> tuple[Tensor, Te
 
 
 def product(run: Run, x: Tensor, codes: Tensor, scale: Tensor, fmt: Format, group: int | None) -> Tensor:
-    planes = pack(codes, fmt, layout_for(torch.device("cuda"), x.dtype))
+    planes = pack(codes, fmt, slab_layout(x.dtype))
     return run(x, [plane.to(x.device) for plane in planes], scale.to(x.device), fmt, group).cpu()
 
 
 def check_codes(run: Run, device: str, fmt: Format, dtype: torch.dtype) -> None:
-    """Each of the 64 codes at each of the 256 places of a block comes out as its value, exactly."""
-    codes = (torch.arange(64)[:, None] + torch.arange(256)).remainder(64).to(torch.uint8)
+    """Each of the codes at each of the 256 places of a block comes out as its value, exactly."""
+    count = 2**fmt.bits
+    codes = (torch.arange(count)[:, None] + torch.arange(256)).remainder(count).to(torch.uint8)
+    if fmt.exponent_bits == 5:
+        codes &= fmt.sign | fmt.max_code
     x = torch.eye(256, dtype=dtype, device=device)
-    out = product(run, x, codes, torch.ones(1, 64), fmt, None)
+    out = product(run, x, codes, torch.ones(1, count), fmt, None)
     assert_close(out, fmt.decode(codes).T.to(dtype), rtol=0, atol=0)
 
 
@@ -90,8 +94,18 @@ def activations(m: int, k: int, dtype: torch.dtype, device: str = "cpu") -> Tens
     return torch.randn(m, k, generator=torch.Generator().manual_seed(m * k)).to(device, dtype)
 
 
+# Of every width that is not six bits, the named ones first.
+OTHER_FORMATS = [FORMATS[name] for name in ("e2m2", "e3m1", "e2m1", "e4m3", "e3m3", "e5m2", "e1m1")]
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=show)
+@pytest.mark.parametrize("fmt", OTHER_FORMATS[:4], ids=show)
+def test_codes_of_other_formats(fmt, dtype):
+    check_codes(run_interpreted, "cpu", fmt, dtype)
+
+
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=show)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", SIX_BITS.values(), ids=SIX_BITS)
 def test_codes(fmt, dtype):
     check_codes(run_interpreted, "cpu", fmt, dtype)
 
@@ -171,7 +185,7 @@ def test_nothing_outside_x_is_used(group):
 @pytest.mark.parametrize(("m", "n"), [(0, 40), (5, 0)])
 def test_nothing_to_compute(m, n):
     """No launch: this process does not interpret, and has no GPU to launch on."""
-    planes = pack(torch.zeros(n, 64, dtype=torch.uint8), E3M2, layout_for(torch.device("cuda"), F16))
+    planes = pack(torch.zeros(n, 64, dtype=torch.uint8), E3M2, slab_layout(F16))
     assert launch.mm(torch.ones(m, 64, dtype=F16), planes, torch.ones(1, n), E3M2, None).shape == (m, n)
 
 

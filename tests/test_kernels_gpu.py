@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fp6_compile.formats import FORMATS
 from fp6_compile.kernels import launch, run, selftest
 from fp6_compile.kernels.device import choices
-from fp6_compile.packing import layout_for, pack
+from fp6_compile.packing import pack, slab_layout
+from tests.support import SIX_BITS
 from tests.test_kernels import (
     BF16,
     BUCKETS,
@@ -20,6 +20,7 @@ from tests.test_kernels import (
     F32,
     GEMM,
     ONE_HOT,
+    OTHER_FORMATS,
     activations,
     check_codes,
     check_gemm,
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=show)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", [*SIX_BITS.values(), *OTHER_FORMATS], ids=show)
 def test_codes(fmt, dtype):
     """First of all: the subnormal FP16 weights that the tensor cores must not flush, and BF16's exact lift."""
     check_codes(launch.mm, "cuda", fmt, dtype)
@@ -46,7 +47,7 @@ def test_one_hot(m, n, k, group, fmt, dtype):
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=show)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", SIX_BITS.values(), ids=SIX_BITS)
 @pytest.mark.parametrize("m", BUCKETS)
 def test_integers_are_exact(m, fmt, dtype):
     """x in -1, 0, 1: every partial sum is a multiple of 1/16 below 2^17, so float32 holds it in any order. A race between
@@ -98,7 +99,7 @@ def test_split(tile, m, n, k, group, fmt, dtype, parts):
 def test_split_is_deterministic_and_leaves_no_trace():
     """Hundreds of programs race to be the last; every run gives the same bits, and the locks are zeros again."""
     codes, x = torch.randint(0, 64, (4096, 4096), dtype=torch.uint8), activations(3, 4096, F16, "cuda")
-    planes = [plane.cuda() for plane in pack(codes, E3M2, layout_for(x.device, F16))]
+    planes = [plane.cuda() for plane in pack(codes, E3M2, slab_layout(F16))]
     arguments = (x, planes, torch.rand(1, 4096, device="cuda"), E3M2, None)
     assert choices(x.device, 3, 4096, 4096, None, F16, E3M2)[0].SPLIT_K > 1
     first = launch.mm(*arguments)
@@ -110,7 +111,7 @@ def test_split_is_deterministic_and_leaves_no_trace():
 def test_split_inside_cuda_graphs_beside_each_other():
     """Two recorded launches replayed on two streams at once do not share locks."""
     codes = torch.randint(0, 64, (2048, 4096), dtype=torch.uint8)
-    planes = [plane.cuda() for plane in pack(codes, E3M2, layout_for(torch.device("cuda"), F16))]
+    planes = [plane.cuda() for plane in pack(codes, E3M2, slab_layout(F16))]
     x = [activations(m, 4096, F16, "cuda") for m in (2, 5)]
     arguments = [(each, planes, torch.ones(1, 2048, device="cuda"), E3M2, None) for each in x]
     expected = [launch.mm(*each) for each in arguments]

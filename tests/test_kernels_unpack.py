@@ -10,36 +10,54 @@ import triton.language as tl
 from torch.testing import assert_close
 
 from fp6_compile.formats import FORMATS
-from fp6_compile.kernels.unpack import ptx, unpack
-from fp6_compile.packing import LANES, SLABS
+from fp6_compile.kernels.config import format_constants
+from fp6_compile.kernels.ptx import ptx
+from fp6_compile.kernels.unpack import unpack
 from fp6_compile.packing import unpack as unpack_codes
+from fp6_compile.slabs import LANES, SLABS, words
 from tests.deviceless.pool import interpreted
 
 CASES = [pytest.param(FORMATS[name], dtype, id=f"{name}-{str(dtype)[6:]}") for name, dtype in LANES]
 
 
-def _words(seed: int) -> torch.Tensor:
-    """[3, 512 * 512] int16: random A0, A1, B; in each word in turn, every value of 16 bits with random neighbours."""
-    words = torch.randint(
-        -(2**15), 2**15, (3, 4 * 2**16), dtype=torch.int32, generator=torch.Generator().manual_seed(seed)
-    )
-    for i in range(3):
-        words[i, i * 2**16 : (i + 1) * 2**16] = torch.arange(2**16) - 2**15
-    return words.to(torch.int16)
+OTHERS = [
+    pytest.param(fmt, dtype, id=f"{fmt.name}-{str(dtype)[6:]}")
+    for fmt in FORMATS.values()
+    for dtype in SLABS
+    if (fmt.name, dtype) not in LANES and fmt.exponent_bits < 5
+]
 
 
-def _expected(words: torch.Tensor, fmt, dtype) -> torch.Tensor:
+def _words(seed: int, fmt=FORMATS["e3m2"], span: int = 2**16) -> torch.Tensor:
+    """[words, ...] int16: random ones; each word in turn has every value of 16 bits (of `span`) with random neighbours."""
+    count = sum(words(fmt))
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.randint(-(2**15), 2**15, (count, 4 * span), dtype=torch.int32, generator=generator)
+    for i in range(count):
+        made[i, i * span : (i + 1) * span] = torch.arange(span) * (2**16 // span) - 2**15
+    if 1 in fmt.planes:
+        made[-1] &= 0xFF
+    return made.to(torch.int16)
+
+
+def _expected(made: torch.Tensor, fmt, dtype) -> torch.Tensor:
     """[8, words]: the decoded codes, bias-shifted in FP16, as they are in BF16."""
-    w4 = words[:2].view(2, -1, 16, 32).movedim(0, 1)[:, None].contiguous()  # [N/16, K/256 = 1, 2, 16, 32]
-    w2 = words[2].view(-1, 1, 16, 32)
-    codes = unpack_codes((w4, w2), fmt, SLABS[dtype], w4.shape[0] * 16, 256)
+    planes, first = [], 0
+    for width, count in zip(fmt.planes, words(fmt), strict=True):
+        plane = (
+            made[first : first + count].view(count, -1, 16, 32).movedim(0, 1)[:, None]
+        )  # [N/16, K/256 = 1, words, 16, 32]
+        plane = plane if count > 1 else plane[:, :, 0]
+        planes.append(plane.to(torch.uint8) if width == 1 else plane)
+        first += count
+    codes = unpack_codes(planes, fmt, SLABS[dtype], planes[0].shape[0] * 16, 256)
     values = fmt.decode(codes) / (fmt.lift(dtype) if dtype == torch.float16 else 1)
     return values.to(dtype).view(-1, 8, 32).movedim(1, 0).flatten(1)
 
 
 def _run_ptx(text: str, operands: list[np.ndarray]) -> list[np.ndarray]:
-    """$0..$7 after `text`, given $8, $9 and $10 (uint32, two words each). Unknown instructions raise."""
-    registers = dict(zip(("$8", "$9", "$10"), operands, strict=True))
+    """$0..$7 after `text`, given $8, $9, ... (uint32, two words each). Unknown instructions raise."""
+    registers = {f"${8 + i}": operand for i, operand in enumerate(operands)}
 
     def value(name: str) -> np.ndarray:
         return np.uint32(int(name, 0)) if name[0].isdigit() else registers[name]
@@ -89,6 +107,13 @@ def test_ptx_is_exact_on_every_word(fmt, dtype):
     assert_close(torch.from_numpy(got), _expected(words, fmt, dtype).view(torch.int16), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(("fmt", "dtype"), OTHERS)
+def test_ptx_of_every_other_format(fmt, dtype):
+    words = _words(0, fmt, 2**12)
+    got = np.stack(_run_ptx(ptx(fmt, dtype), [word.numpy().view(np.uint32) for word in words])).view(np.int16)
+    assert_close(torch.from_numpy(got), _expected(words, fmt, dtype).view(torch.int16), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("fmt", "dtype"), CASES)
 def test_instructions_per_16_weights(fmt, dtype):
     """`mov` is not counted: ptxas copies no register, and keeps the constants outside the loop."""
@@ -97,18 +122,31 @@ def test_instructions_per_16_weights(fmt, dtype):
 
 
 @triton.jit
-def _unpack_kernel(A0, A1, B, OUT, WORDS, EXPONENT_BITS: tl.constexpr, BF16: tl.constexpr, USE_ASM: tl.constexpr):
+def _unpack_kernel(
+    IN,
+    OUT,
+    COUNT,
+    WORDS: tl.constexpr,
+    EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
+    BF16: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
     i = tl.program_id(0) * 1024 + tl.arange(0, 1024)
-    tiles = unpack(tl.load(A0 + i), tl.load(A1 + i), tl.load(B + i), EXPONENT_BITS, BF16, USE_ASM)
+    words = ()
+    for w in tl.static_range(WORDS):
+        words += (tl.load(IN + w * COUNT + i),)
+    tiles = unpack(words, EXPONENT_BITS, MANTISSA_BITS, BF16, USE_ASM)
     for j in tl.static_range(8):
-        tl.store(OUT + j * WORDS + i, tiles[j])
+        tl.store(OUT + j * COUNT + i, tiles[j])
 
 
-def unpacked(words: torch.Tensor, fmt, dtype: torch.dtype, use_asm: bool) -> torch.Tensor:
-    """[8, words] of `dtype` from words [3, words], by the kernel's own `unpack`."""
-    out = torch.empty(8, words.shape[1], dtype=dtype, device=words.device)
-    constants = {"EXPONENT_BITS": fmt.exponent_bits, "BF16": dtype == torch.bfloat16, "USE_ASM": use_asm}
-    _unpack_kernel[(words.shape[1] // 1024,)](words[0], words[1], words[2], out, words.shape[1], **constants)
+def unpacked(made: torch.Tensor, fmt, dtype: torch.dtype, use_asm: bool) -> torch.Tensor:
+    """[8, words] of `dtype` from words [..., words], by the kernel's own `unpack`."""
+    count, total = made.shape
+    out = torch.empty(8, total, dtype=dtype, device=made.device)
+    constants = {"WORDS": count, "BF16": dtype == torch.bfloat16, "USE_ASM": use_asm, **format_constants(fmt)}
+    _unpack_kernel[(total // 1024,)](made, out, total, **constants)
     return out
 
 
@@ -119,10 +157,19 @@ def test_twin_is_exact_on_every_word(fmt, dtype):
     assert_close(got.view(torch.int16), _expected(words, fmt, dtype).view(torch.int16), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", SLABS, ids=str)
+@pytest.mark.parametrize("name", ["e2m2", "e4m3", "e3m3"])
+def test_twin_of_other_widths(name, dtype):
+    fmt = FORMATS[name]
+    words = _words(1, fmt, 2**10)
+    got = interpreted(unpacked, words, fmt, dtype, False)
+    assert_close(got.view(torch.int16), _expected(words, fmt, dtype).view(torch.int16), rtol=0, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("use_asm", [True, False])
-@pytest.mark.parametrize(("fmt", "dtype"), CASES)
+@pytest.mark.parametrize(("fmt", "dtype"), CASES + OTHERS)
 def test_unpack_on_the_device(fmt, dtype, use_asm):
-    words = _words(2)
+    words = _words(2, fmt)
     got = unpacked(words.cuda(), fmt, dtype, use_asm).cpu()
     assert_close(got.view(torch.int16), _expected(words, fmt, dtype).view(torch.int16), rtol=0, atol=0)

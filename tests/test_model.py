@@ -111,7 +111,7 @@ def test_nan_weight_is_left_and_reported():
 
 
 BAD = {
-    "format": ({"format": "e9m9"}, "option 'format' got 'e9m9', needs one of"),
+    "format": ({"format": "e9m9"}, "option 'format' got 'e9m9', needs 'auto' or one of"),
     "group_size": ({"group_size": 0}, "option 'group_size' got 0, needs a positive integer or None"),
     "scale": ({"scale": "max"}, "option 'scale' got 'max'"),
     "skip": ({"skip": "lm_head"}, "option 'skip' got 'lm_head', needs a list"),

@@ -6,18 +6,17 @@ from torch.testing import assert_close
 
 from fp6_compile.formats import FORMATS
 from fp6_compile.packing import (
-    BLOCK_K,
     CPU,
-    LANES,
     LAYOUTS,
     PLANES,
-    SLABS,
-    float_mask,
+    inputs_held,
     layout_for,
     pack,
     rows_per_index,
     unpack,
 )
+from fp6_compile.slabs import BLOCK_K, LANES, SLABS, float_mask
+from tests.support import SIX_BITS
 
 SHAPES = [(1, 1), (16, 256), (17, 257), (48, 512), (5, 1023)]
 
@@ -27,7 +26,7 @@ def _codes(n: int, k: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", SIX_BITS.values(), ids=SIX_BITS)
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_unpack_inverts_pack(n, k, fmt, layout):
     codes = _codes(n, k)
@@ -50,7 +49,7 @@ def test_slabs_pack_inverts_unpack(layout):
     generator = torch.Generator().manual_seed(0)
     w4 = torch.randint(-(2**15), 2**15, (2, 3, 2, 16, 32), dtype=torch.int16, generator=generator)
     w2 = torch.randint(-(2**15), 2**15, (2, 3, 16, 32), dtype=torch.int16, generator=generator)
-    for fmt in FORMATS.values():
+    for fmt in SIX_BITS.values():
         again = pack(unpack((w4, w2), fmt, layout, 32, 3 * BLOCK_K), fmt, layout)
         assert_close(again, (w4, w2), rtol=0, atol=0)
 
@@ -91,9 +90,28 @@ def test_every_weight_has_four_bits_in_w4(key, table):
 
 
 def test_layout_for():
-    assert layout_for(torch.device("cpu"), torch.float16) == CPU
-    assert layout_for(torch.device("cuda"), torch.bfloat16) == "slabs_bf16.v1"
-    assert layout_for(torch.device("cuda"), torch.float32) == "slabs_fp16.v1"
+    six, eight = FORMATS["e3m2"], FORMATS["e4m3"]
+    assert layout_for(torch.device("cpu"), torch.float16, six) == CPU
+    assert layout_for(torch.device("cpu"), torch.float16, eight) == PLANES
+    assert layout_for(torch.device("cuda"), torch.bfloat16, six) == "slabs_bf16.v1"
+    assert layout_for(torch.device("cuda"), torch.float32, eight) == "slabs_fp16.v1"
+
+
+@pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt not in SIX_BITS.values()], ids=str)
+def test_every_other_format(fmt):
+    """Exact inverses, and as many bits a weight as the format has, in every layout that holds it."""
+    codes = torch.randint(0, 2**fmt.bits, (17, 520), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for layout in (PLANES, *SLABS.values()):
+        planes = pack(codes, fmt, layout)
+        assert_close(unpack(planes, fmt, layout, 17, 520), codes, rtol=0, atol=0)
+        n, k = (17, 520) if layout == PLANES else (32, 768)
+        assert sum(plane.nbytes for plane in planes) * 8 == n * k * fmt.bits
+        assert inputs_held(planes, fmt, layout).inputs == k
+
+
+def test_other_widths_are_refused_by_the_tiles():
+    with pytest.raises(ValueError, match="layout: 'cpu.v1' holds six bits only"):
+        pack(_codes(4, 64), FORMATS["e2m1"], CPU)
 
 
 def test_unknown_layout_is_named():

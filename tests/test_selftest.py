@@ -7,7 +7,7 @@ import torch
 
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels import device, selftest
-from fp6_compile.packing import layout_for, unpack
+from fp6_compile.packing import slab_layout, unpack
 
 E3M2, F16 = FORMATS["e3m2"], torch.float16
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -23,14 +23,13 @@ def kernel(monkeypatch, tmp_path):
 
         def __call__(self, config, x, planes, scale, fmt, group_size):
             self.runs += 1
-            codes = unpack(planes, fmt, layout_for(CUDA, x.dtype), scale.shape[1], x.shape[1])
+            codes = unpack(planes, fmt, slab_layout(x.dtype), scale.shape[1], x.shape[1])
             product = x.double() @ fmt.decode(codes).double().T
             product[3, 5] += self.off_by * (self.runs % selftest._REPETITIONS == 0)  # a race: seldom
             return product.to(x.dtype)
 
     kernel = Kernel()
     monkeypatch.setattr(selftest, "run", kernel)
-    monkeypatch.setattr(selftest, "layout_for", lambda _, dtype: layout_for(CUDA, dtype))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a pretended Hopper")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     selftest.passes.cache_clear()

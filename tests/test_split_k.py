@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fp6_compile.formats import FORMATS
 from fp6_compile.kernels import config, launch, run
 from fp6_compile.kernels.config import Config, Device, candidates, config_for
 from fp6_compile.kernels.dequantize import dequantize
-from fp6_compile.packing import layout_for, pack
+from fp6_compile.packing import pack, slab_layout
 from fp6_compile.quantize import dequantize as dequantize_reference
 from tests.deviceless.pool import interpreted
+from tests.support import SIX_BITS
 from tests.test_kernels import BF16, E2M3, E3M2, F16, F32, activations, check_gemm, check_one_hot, product, show, weight
 
 TILE = Config(32, 8, 2, 2)
@@ -52,7 +52,7 @@ def twice(tile, *args):
 def test_split_is_deterministic_and_leaves_no_trace():
     """The second launch finds the locks as the first did; else it would store nothing, or too early."""
     codes, scale = weight(40, 1024, None)
-    layout = layout_for(torch.device("cuda"), F16)
+    layout = slab_layout(F16)
     planes = pack(codes, E3M2, layout)
     tile = dataclasses.replace(TILE, SPLIT_K=4)
     products, locks = interpreted(twice, tile, activations(5, 1024, F16), planes, scale, E3M2, None)
@@ -79,10 +79,10 @@ def test_joined_slabs(tile, m, n, k, group, fmt, dtype):
 
 @pytest.mark.parametrize("group", [None, 32, 96])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=show)
-@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("fmt", SIX_BITS.values(), ids=SIX_BITS)
 def test_dequantize_kernel(fmt, dtype, group):
     codes, scale = weight(40, 400, group)
-    planes = pack(codes, fmt, layout_for(torch.device("cuda"), dtype))
+    planes = pack(codes, fmt, slab_layout(dtype))
     actual = interpreted(dequantize, planes, scale, fmt, group, 400, dtype)
     assert_close(actual, dequantize_reference(codes, scale, fmt, group, dtype), rtol=0, atol=0)
 

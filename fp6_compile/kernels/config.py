@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 from fp6_compile.formats import Format
-from fp6_compile.packing import BLOCK_K, SLAB
+from fp6_compile.slabs import BLOCK_K, SLAB
 
 T = TypeVar("T")
 
@@ -168,9 +168,14 @@ def constexprs(config: Config, fmt: Format, group_size: int | None, k: int, use_
         "JOIN": config.JOIN,
         "GROUP_SIZE": group_size or 0,
         "EVEN_K": k % BLOCK_K == 0,
-        "EXPONENT_BITS": fmt.exponent_bits,
+        **format_constants(fmt),
         "USE_ASM": use_asm,
     }
+
+
+def format_constants(fmt: Format) -> dict[str, int]:
+    """What the kernels know of a format."""
+    return {"EXPONENT_BITS": fmt.exponent_bits, "MANTISSA_BITS": fmt.mantissa_bits}
 
 
 def supports(group_size: int | None) -> str | None:

@@ -3,7 +3,7 @@
 The same numbers as `fp6::dequantize`: the code's value times the scale in float32, rounded once.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="annotation-unchecked"
+# mypy: allow-untyped-defs, disable-error-code="annotation-unchecked,assignment"
 
 from collections.abc import Sequence
 
@@ -13,10 +13,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fp6_compile.formats import Format
-from fp6_compile.kernels.mm import lift
-from fp6_compile.kernels.run import device_of, uses_asm
-from fp6_compile.kernels.unpack import unpack
-from fp6_compile.packing import BLOCK_K, ROWS, SLAB
+from fp6_compile.kernels.config import format_constants
+from fp6_compile.kernels.run import device_of, three, uses_asm
+from fp6_compile.kernels.unpack import lift, plane_words, unpack
+from fp6_compile.slabs import BLOCK_K, ROWS, SLAB
 
 _ROWS = tl.constexpr(ROWS)
 _SLAB = tl.constexpr(SLAB)
@@ -27,7 +27,8 @@ _WORDS = tl.constexpr(ROWS * SLAB)
 
 @triton.jit
 def dequantize_kernel(
-    W4,
+    W0,
+    W1,
     W2,
     SCALE,
     OUT,
@@ -36,6 +37,7 @@ def dequantize_kernel(
     stride_sg,
     GROUP_SIZE: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
     BF16: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
@@ -44,17 +46,26 @@ def dequantize_kernel(
     pid_n = tl.program_id(0) // blocks
     kb = tl.program_id(0) % blocks
     row = tl.arange(0, _ROWS)[:, None]
-    word = tl.cast(tl.program_id(0), tl.int64) * _WORDS + row * _SLAB + tl.arange(0, _SLAB)[None, :]
-    a0 = tl.load(W4 + _WORDS * tl.cast(tl.program_id(0), tl.int64) + word)
-    a1 = tl.load(W4 + _WORDS * tl.cast(tl.program_id(0), tl.int64) + word + _WORDS)
-    w = unpack(a0, a1, tl.load(W2 + word), EXPONENT_BITS, BF16, USE_ASM)
+    word = row * _SLAB + tl.arange(0, _SLAB)[None, :]
+    first = tl.cast(tl.program_id(0), tl.int64) * _WORDS
+    C0: tl.constexpr = plane_words(EXPONENT_BITS, MANTISSA_BITS, 0)
+    C1: tl.constexpr = plane_words(EXPONENT_BITS, MANTISSA_BITS, 1)
+    C2: tl.constexpr = plane_words(EXPONENT_BITS, MANTISSA_BITS, 2)
+    words = ()
+    for i in tl.static_range(C0):
+        words += (tl.load(W0 + C0 * first + (word + i * _WORDS)).to(tl.int16),)
+    for i in tl.static_range(C1):
+        words += (tl.load(W1 + C1 * first + (word + i * _WORDS)).to(tl.int16),)
+    for i in tl.static_range(C2):
+        words += (tl.load(W2 + C2 * first + (word + i * _WORDS)).to(tl.int16),)
+    w = unpack(words, EXPONENT_BITS, MANTISSA_BITS, BF16, USE_ASM)
     n = pid_n * _ROWS + row
     for j in tl.static_range(_SLABS):
         k = kb * _BLOCK_K + j * _SLAB + tl.arange(0, _SLAB)[None, :]
         group = k // GROUP_SIZE if GROUP_SIZE > 0 else k * 0
         inside = (n < N) & (k < K)
         scale = tl.load(SCALE + group * stride_sg + n, mask=inside, other=0.0)
-        value = w[j].to(tl.float32) if BF16 else w[j].to(tl.float32) * lift(EXPONENT_BITS)
+        value = w[j].to(tl.float32) if BF16 else w[j].to(tl.float32) * lift(EXPONENT_BITS, MANTISSA_BITS, False)
         tl.store(OUT + tl.cast(n, tl.int64) * K + k, (value * scale).to(OUT.dtype.element_ty), mask=inside)
 
 
@@ -65,8 +76,8 @@ def dequantize(
     n = scale.shape[1]
     out = torch.empty(n, k, dtype=dtype, device=scale.device)
     grid = (planes[0].shape[0] * planes[0].shape[1],)
-    constants = {"GROUP_SIZE": group_size or 0, "EXPONENT_BITS": fmt.exponent_bits, "BF16": dtype == torch.bfloat16}
+    constants = {"GROUP_SIZE": group_size or 0, "BF16": dtype == torch.bfloat16, **format_constants(fmt)}
     with device_of(scale):
         asm = uses_asm(scale.device.type)
-        dequantize_kernel[grid](*planes, scale, out, n, k, scale.stride(0), **constants, USE_ASM=asm)
+        dequantize_kernel[grid](*three(planes), scale, out, n, k, scale.stride(0), **constants, USE_ASM=asm)
     return out

@@ -11,7 +11,7 @@ from fp6_compile.formats import Format
 from fp6_compile.kernels.dequantize import dequantize
 from fp6_compile.kernels.device import choices
 from fp6_compile.kernels.run import run
-from fp6_compile.packing import ROWS
+from fp6_compile.slabs import ROWS
 
 # Floats of the weight that exist at a time on the way through the vendor's matmul: 128 MiB of float16.
 _SCRATCH = 1 << 26

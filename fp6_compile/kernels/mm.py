@@ -1,4 +1,4 @@
-"""The matrix product: out [M, N] = x [M, K] @ weight [N, K].T, the weight six bits wide until it is in registers.
+"""The matrix product: out [M, N] = x [M, K] @ weight [N, K].T, the weight a few bits wide until it is in registers.
 
 One body, `accumulate`, for the eager kernel below and for the Inductor template that imports it. How it works:
 
@@ -18,32 +18,23 @@ One body, `accumulate`, for the eager kernel below and for the Inductor template
 float32 activations use the FP16 weights, which float32 holds exactly, and IEEE float32 dots.
 """
 
-# mypy: allow-untyped-defs, disable-error-code="annotation-unchecked"
+# mypy: allow-untyped-defs, disable-error-code="annotation-unchecked,assignment"
 # The arguments of a @triton.jit function are Triton's.
 # No `from __future__ import annotations` here: a kernel's annotations are read when it is launched.
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 
-from fp6_compile.formats import FORMATS
-from fp6_compile.kernels.unpack import unpack
-from fp6_compile.packing import BLOCK_K, ROWS, SLAB
+from fp6_compile.kernels.unpack import lift, plane_words, unpack
+from fp6_compile.slabs import BLOCK_K, ROWS, SLAB
 
 _ROWS = tl.constexpr(ROWS)
 _SLAB = tl.constexpr(SLAB)
 _BLOCK_K = tl.constexpr(BLOCK_K)
 _SLABS = tl.constexpr(BLOCK_K // SLAB)
-_WORDS = tl.constexpr(ROWS * SLAB)  # of a block, in each of A0, A1 and B
-_LIFT = tl.constexpr({f.exponent_bits: f.lift(torch.float16) for f in FORMATS.values()})
-
-
-@triton.constexpr_function
-def lift(exponent_bits):
-    """What float16 weights out of `unpack` are too small by."""
-    return _LIFT.value[exponent_bits]
+_WORDS = tl.constexpr(ROWS * SLAB)  # of a block, for each of the words of a weight
 
 
 @triton.constexpr_function
@@ -79,7 +70,8 @@ def _side_by_side(w, FIRST: tl.constexpr, COUNT: tl.constexpr):
 @triton.jit
 def accumulate(
     X,
-    W4,
+    W0,
+    W1,
     W2,
     SCALE,
     M,
@@ -96,12 +88,14 @@ def accumulate(
     GROUP_SIZE: tl.constexpr,
     EVEN_K: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
     """Tile (pid_n, pid_m) of the product's transpose, over the pid_k-th part of K, scaled: float32 [BLOCK_N, BLOCK_M].
 
     X: [M, K] float16, bfloat16 or float32, rows stride_xm apart, unit stride along K.
-    W4, W2: int16 words, the slab layout of X's dtype (packing.layout_for). SCALE: [G, N] float32.
+    W0, W1, W2: the planes, in the slab layout of X's dtype (slabs.py); None for those that the format lacks.
+    SCALE: [G, N] float32.
     SPLIT_K: parts of K. JOIN: slabs in a dot; more than one only where a dot must be finished before the next unpack.
     GROUP_SIZE: inputs per scale, a multiple of 32, or 0 for one scale a row. EVEN_K: K is a multiple of 256.
     The rest of the constants come from config.constexprs.
@@ -111,6 +105,9 @@ def accumulate(
     PARTIAL: tl.constexpr = GROUP_SIZE > 0 or JOIN > 1
     PER_SCALE: tl.constexpr = _slabs_per_scale(GROUP_SIZE)
     DOT: tl.constexpr = JOIN if JOIN < PER_SCALE else PER_SCALE
+    C0: tl.constexpr = plane_words(EXPONENT_BITS, MANTISSA_BITS, 0)
+    C1: tl.constexpr = plane_words(EXPONENT_BITS, MANTISSA_BITS, 1)
+    C2: tl.constexpr = plane_words(EXPONENT_BITS, MANTISSA_BITS, 2)
     blocks = tl.cdiv(K, _BLOCK_K)
     share = tl.cdiv(blocks, SPLIT_K)
     begin = pid_k * share
@@ -121,8 +118,12 @@ def accumulate(
     word = (rows % _ROWS)[:, None] * _SLAB + tl.arange(0, _SLAB)[None, :]
     block = (rows_left // _ROWS)[:, None] * blocks * _WORDS
     first = (tl.cast(pid_n, tl.int64) * (BLOCK_N // _ROWS) * blocks + begin) * _WORDS
-    w4 = W4 + 2 * first + (2 * block + word)
-    w2 = W2 + first + (block + word)
+    w0 = W0 + C0 * first + (C0 * block + word)
+    w1, w2 = w0, w0
+    if W1 is not None:
+        w1 = W1 + C1 * first + (C1 * block + word)
+    if W2 is not None:
+        w2 = W2 + C2 * first + (C2 * block + word)
     k = tl.arange(0, DOT * _SLAB)[:, None]
     column = tl.arange(0, BLOCK_M)[None, :]
     x = X + tl.cast(pid_m, tl.int64) * BLOCK_M * stride_xm + begin * _BLOCK_K + (column * stride_xm + k)
@@ -132,10 +133,15 @@ def accumulate(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     factor = tl.load(scale)[:, None]
     for kb in range(begin, end):
-        a0 = tl.load(w4, eviction_policy="evict_first")
-        a1 = tl.load(w4 + _WORDS, eviction_policy="evict_first")
-        b = tl.load(w2, eviction_policy="evict_first")
-        w = unpack(a0, a1, b, EXPONENT_BITS, BF16, USE_ASM)
+        # Here and not in a function: inlined, its constants come in another order, and ptxas allocates other registers.
+        words = ()
+        for i in tl.static_range(C0):
+            words += (tl.load(w0 + i * _WORDS, eviction_policy="evict_first").to(tl.int16),)
+        for i in tl.static_range(C1):
+            words += (tl.load(w1 + i * _WORDS, eviction_policy="evict_first").to(tl.int16),)
+        for i in tl.static_range(C2):
+            words += (tl.load(w2 + i * _WORDS, eviction_policy="evict_first").to(tl.int16),)
+        w = unpack(words, EXPONENT_BITS, MANTISSA_BITS, BF16, USE_ASM)
         for g in tl.static_range(_SLABS // PER_SCALE):
             if GROUP_SIZE > 0:
                 group = (kb * _BLOCK_K + g * PER_SCALE * _SLAB) // GROUP_SIZE
@@ -150,11 +156,14 @@ def accumulate(
                 tile = tl.load(x + j * _SLAB, mask=inside, other=0.0)
                 part = tl.dot(_side_by_side(w, j, DOT).to(tile.dtype), tile, part, input_precision="ieee")
             acc = acc + part * factor if PARTIAL else part
-        w4 += 2 * _WORDS
-        w2 += _WORDS
+        w0 += C0 * _WORDS
+        if W1 is not None:
+            w1 += C1 * _WORDS
+        if W2 is not None:
+            w2 += C2 * _WORDS
         x += _BLOCK_K
     if not BF16:
-        acc *= lift(EXPONENT_BITS)
+        acc *= lift(EXPONENT_BITS, MANTISSA_BITS, False)
     return acc if PARTIAL else acc * factor
 
 
@@ -187,7 +196,8 @@ def reduce(acc, PARTS, LOCKS, M, N, pid_n, pid_m, pid_k, SPLIT_K: tl.constexpr):
 @triton.jit
 def mm_kernel(
     X,
-    W4,
+    W0,
+    W1,
     W2,
     SCALE,
     OUT,
@@ -204,6 +214,7 @@ def mm_kernel(
     GROUP_SIZE: tl.constexpr,
     EVEN_K: tl.constexpr,
     EXPONENT_BITS: tl.constexpr,
+    MANTISSA_BITS: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
     """OUT [M, N], contiguous, of X's dtype. The programs that read the same weights are neighbours.
@@ -217,7 +228,8 @@ def mm_kernel(
     pid_m = pid % tiles_m
     acc = accumulate(
         X,
-        W4,
+        W0,
+        W1,
         W2,
         SCALE,
         M,
@@ -234,6 +246,7 @@ def mm_kernel(
         GROUP_SIZE=GROUP_SIZE,
         EVEN_K=EVEN_K,
         EXPONENT_BITS=EXPONENT_BITS,
+        MANTISSA_BITS=MANTISSA_BITS,
         USE_ASM=USE_ASM,
     )
     n = tl.arange(0, BLOCK_N)[:, None]

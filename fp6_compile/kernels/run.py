@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from fp6_compile.kernels.config import LOCKS, Config, constexprs
 from fp6_compile.kernels.mm import mm_kernel
 
 # TRITON_INTERPRET is read by triton.jit, when the kernel is defined.
+T = TypeVar("T")
 INTERPRETED = not isinstance(mm_kernel, triton.runtime.JITFunction)
 
 
@@ -38,8 +40,13 @@ def run(
     options = {} if INTERPRETED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
     constants = constexprs(config, fmt, group_size, k, uses_asm(x.device.type))
     with device_of(x):
-        mm_kernel[grid](x, *planes, scale, out, parts, locks, m, n, k, x.stride(0), **constants, **options)
+        mm_kernel[grid](x, *three(planes), scale, out, parts, locks, m, n, k, x.stride(0), **constants, **options)
     return out
+
+
+def three(planes: Sequence[T]) -> list[T | None]:
+    """A format has one to three planes, a kernel three arguments for them."""
+    return [*planes, None, None][:3]
 
 
 def device_of(x: Tensor) -> AbstractContextManager[object]:

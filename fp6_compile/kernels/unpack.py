@@ -1,17 +1,8 @@
-"""Six-bit weights out of words, in registers: one text per (format, float type), generated from `packing.LANES`.
+"""Weights out of words, in registers: one text per (format, float type), generated from the tables of slabs.py.
 
-Three 16-bit words hold the weights of one row at eight slabs (packing.py). On NVIDIA the unpack is PTX that works on two
-neighbouring words at a time, as the halves of a 32-bit register; nothing that is kept crosses from one half to the other,
-so every operation is an ordinary 32-bit one:
-
-    p    = lop3(A >> a, B >> b, mask)       bit-select (0xE4): two weights a half, in float position
-    even = p & float_mask
-    odd  = (p moved) & float_mask           E2M3's sign moves by itself: one more shift and LOP3
-
-Left as ordinary Triton code the same steps become PRMT and LOP3 on single halves: 4.8 instructions a weight instead of 2.
-That code is still here, generated from the same table, for AMD and Intel GPUs and for Triton's interpreter.
-
-    instructions / 16 weights   E3M2 FP16 21   E3M2 BF16 29   E2M3 FP16 29   E2M3 BF16 37     (two `mov` for BF16 hoisted)
+On NVIDIA the text is PTX (ptx.py). Left as ordinary Triton code the same steps become PRMT and LOP3 on single halves: 4.8
+instructions a weight instead of 2. That code is still here, generated from the same tables, for AMD and Intel GPUs and for
+Triton's interpreter.
 
 FP16 weights come out bias-shifted, value x 2^-12 or 2^-14 (Format.lift), and the accumulator is lifted once, at the end. A
 BF16 one would be value x 2^-124 or 2^-126, whose products with x are float32 subnormals that tensor cores may flush, so
@@ -30,47 +21,8 @@ import triton
 import triton.language as tl
 
 from fp6_compile.formats import FORMATS, Format
-from fp6_compile.packing import LANES, LaneTable, float_mask
-
-_WORDS = ("$8", "$9")  # A0, A1; B is $10
-
-
-def ptx(fmt: Format, dtype: torch.dtype) -> str:
-    """The inline assembly: $0..$7 are the eight weights of two rows of words, $8, $9 and $10 the words A0, A1 and B."""
-    table, mask, bf16 = LANES[fmt.name, dtype], float_mask(fmt, dtype), dtype == torch.bfloat16
-    lines = [".reg .b32 a, b, p, t, u;"]
-    if bf16:
-        lines += [f".reg .b32 k, z; mov.b32 k, {_twice(_bf16_bits(fmt.lift(dtype)))}; mov.b32 z, {_twice(0x8000)};"]
-    for i, lane in enumerate(table.lanes):
-        lines += [_shift("a", _WORDS[lane.word], lane.a_shift), _shift("b", "$10", lane.b_shift)]
-        lines += [f"lop3.b32 p, a, b, {_twice(lane.mask)}, 0xE4;", f"and.b32 ${2 * i}, p, {_twice(mask)};"]
-        lines += _odd(table, mask, 2 * i + 1)
-        lines += [f"fma.rn.bf16x2 ${j}, ${j}, k, z;" for j in (2 * i, 2 * i + 1) if bf16]
-    return "{\n" + "\n".join(lines) + "\n}"
-
-
-def _odd(table: LaneTable, mask: int, to: int) -> list[str]:
-    """$to = the odd weight of p."""
-    moved = _shift("t", "p", table.odd_shift)
-    if table.odd_sign_shift == table.odd_shift:
-        return [moved, f"and.b32 ${to}, t, {_twice(mask)};"]
-    sign = _shift("u", "p", table.odd_sign_shift)
-    # 0xEC: (u & 0x8000) | t
-    return [moved, f"and.b32 t, t, {_twice(mask & 0x7FFF)};", sign, f"lop3.b32 ${to}, u, t, {_twice(0x8000)}, 0xEC;"]
-
-
-def _shift(to: str, source: str, shift: int) -> str:
-    if shift == 0:
-        return f"mov.b32 {to}, {source};"
-    return f"{'shr' if shift > 0 else 'shl'}.b32 {to}, {source}, {abs(shift)};"
-
-
-def _twice(bits: int) -> str:
-    return f"0x{bits << 16 | bits:08X}"
-
-
-def _bf16_bits(value: float) -> int:
-    return int(torch.tensor(value, dtype=torch.bfloat16).view(torch.int16))
+from fp6_compile.kernels.ptx import ptx
+from fp6_compile.slabs import LANES, SLABS, float_mask, terms, words
 
 
 def _lanes(fmt: Format, dtype: torch.dtype) -> list[dict[str, int | float]]:
@@ -81,19 +33,59 @@ def _lanes(fmt: Format, dtype: torch.dtype) -> list[dict[str, int | float]]:
     return [vars(lane) | shared for lane in table.lanes]
 
 
-# By (EXPONENT_BITS, BF16). tl.constexpr, so that Triton's cache key covers what the words mean.
-_PTX = tl.constexpr({(FORMATS[f].exponent_bits, d == torch.bfloat16): ptx(FORMATS[f], d) for f, d in LANES})
-_LANES = tl.constexpr({(FORMATS[f].exponent_bits, d == torch.bfloat16): _lanes(FORMATS[f], d) for f, d in LANES})
+def _terms(fmt: Format, dtype: torch.dtype) -> list[list[tuple[int, int, int]]]:
+    return [[(part.word, part.shift, part.mask) for part in parts] for parts in terms(fmt, dtype)]
+
+
+# By (EXPONENT_BITS, MANTISSA_BITS, BF16). tl.constexpr, so that Triton's cache key covers what the words mean.
+_KEYS = {(f.exponent_bits, f.mantissa_bits, d == torch.bfloat16): (f, d) for f in FORMATS.values() for d in SLABS}
+_PTX = tl.constexpr({key: ptx(*of) for key, of in _KEYS.items()})
+_LANES = tl.constexpr({key: _lanes(*of) for key, of in _KEYS.items() if (of[0].name, of[1]) in LANES})
+_TERMS = tl.constexpr({key: _terms(*of) for key, of in _KEYS.items()})
+_LIFTS = tl.constexpr({key: f.lift(d) for key, (f, d) in _KEYS.items()})
+_WORDS = tl.constexpr({key[:2]: words(f) for key, (f, _) in _KEYS.items()})
 
 
 @triton.constexpr_function
-def _asm(exponent_bits, bf16):
-    return _PTX.value[exponent_bits, bf16]
+def _asm(exponent_bits, mantissa_bits, bf16):
+    return _PTX.value[exponent_bits, mantissa_bits, bf16]
 
 
 @triton.constexpr_function
-def _lane(exponent_bits, bf16, i, name):
-    return _LANES.value[exponent_bits, bf16][i][name]
+def _constraints(exponent_bits, mantissa_bits):
+    return ",".join(["=&r"] * 8 + ["r"] * sum(_WORDS.value[exponent_bits, mantissa_bits]))
+
+
+@triton.constexpr_function
+def _has_lanes(exponent_bits, mantissa_bits, bf16):
+    return (exponent_bits, mantissa_bits, bf16) in _LANES.value
+
+
+@triton.constexpr_function
+def _lane(exponent_bits, mantissa_bits, bf16, i, name):
+    return _LANES.value[exponent_bits, mantissa_bits, bf16][i][name]
+
+
+@triton.constexpr_function
+def _term_count(exponent_bits, mantissa_bits, bf16, slab):
+    return len(_TERMS.value[exponent_bits, mantissa_bits, bf16][slab])
+
+
+@triton.constexpr_function
+def _term(exponent_bits, mantissa_bits, bf16, slab, i, part):
+    return _TERMS.value[exponent_bits, mantissa_bits, bf16][slab][i][part]
+
+
+@triton.constexpr_function
+def lift(exponent_bits, mantissa_bits, bf16):
+    """What weights in float position are too small by."""
+    return _LIFTS.value[exponent_bits, mantissa_bits, bf16]
+
+
+@triton.constexpr_function
+def plane_words(exponent_bits, mantissa_bits, plane):
+    """How many words a block has in plane number `plane`, 0 if there is none."""
+    return (*_WORDS.value[exponent_bits, mantissa_bits], 0, 0)[plane]
 
 
 @triton.jit
@@ -121,17 +113,19 @@ def _as_float(bits, LIFT: tl.constexpr, BF16: tl.constexpr):
 
 
 @triton.jit
-def _unpack_lane(a, b, EXPONENT_BITS: tl.constexpr, BF16: tl.constexpr, LANE: tl.constexpr):
+def _unpack_lane(
+    a, b, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, BF16: tl.constexpr, LANE: tl.constexpr
+):
     """The two weights of lane LANE out of int16 words."""
-    A_SHIFT: tl.constexpr = _lane(EXPONENT_BITS, BF16, LANE, "a_shift")
-    B_SHIFT: tl.constexpr = _lane(EXPONENT_BITS, BF16, LANE, "b_shift")
-    ODD: tl.constexpr = _lane(EXPONENT_BITS, BF16, LANE, "odd_shift")
-    ODD_SIGN: tl.constexpr = _lane(EXPONENT_BITS, BF16, LANE, "odd_sign_shift")
-    LIFT: tl.constexpr = _lane(EXPONENT_BITS, BF16, LANE, "lift")
+    A_SHIFT: tl.constexpr = _lane(EXPONENT_BITS, MANTISSA_BITS, BF16, LANE, "a_shift")
+    B_SHIFT: tl.constexpr = _lane(EXPONENT_BITS, MANTISSA_BITS, BF16, LANE, "b_shift")
+    ODD: tl.constexpr = _lane(EXPONENT_BITS, MANTISSA_BITS, BF16, LANE, "odd_shift")
+    ODD_SIGN: tl.constexpr = _lane(EXPONENT_BITS, MANTISSA_BITS, BF16, LANE, "odd_sign_shift")
+    LIFT: tl.constexpr = lift(EXPONENT_BITS, MANTISSA_BITS, BF16)
     a = a.to(tl.uint16, bitcast=True)
     b = b.to(tl.uint16, bitcast=True)
-    mask = tl.full([1], _lane(EXPONENT_BITS, BF16, LANE, "float_mask"), tl.uint16)
-    p = _select(_right(a, A_SHIFT), _right(b, B_SHIFT), _lane(EXPONENT_BITS, BF16, LANE, "mask"))
+    mask = tl.full([1], _lane(EXPONENT_BITS, MANTISSA_BITS, BF16, LANE, "float_mask"), tl.uint16)
+    p = _select(_right(a, A_SHIFT), _right(b, B_SHIFT), _lane(EXPONENT_BITS, MANTISSA_BITS, BF16, LANE, "mask"))
     odd = _right(p, ODD)
     if ODD_SIGN != ODD:
         odd = _select(odd, _right(p, ODD_SIGN), 0x7FFF)
@@ -139,20 +133,44 @@ def _unpack_lane(a, b, EXPONENT_BITS: tl.constexpr, BF16: tl.constexpr, LANE: tl
 
 
 @triton.jit
-def unpack(a0, a1, b, EXPONENT_BITS: tl.constexpr, BF16: tl.constexpr, USE_ASM: tl.constexpr):
-    """Eight tiles, slabs 0 to 7, of float16 or bfloat16 with the shape of a0, a1 and b (int16 words of the slab layout)."""
+def _unpack_slab(
+    words, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, BF16: tl.constexpr, SLAB: tl.constexpr
+):
+    """The weight of slab SLAB, term by term."""
+    bits = tl.zeros(words[0].shape, tl.uint16)
+    for i in tl.static_range(_term_count(EXPONENT_BITS, MANTISSA_BITS, BF16, SLAB)):
+        word = words[_term(EXPONENT_BITS, MANTISSA_BITS, BF16, SLAB, i, 0)].to(tl.uint16, bitcast=True)
+        mask = tl.full([1], _term(EXPONENT_BITS, MANTISSA_BITS, BF16, SLAB, i, 2), tl.uint16)
+        bits |= _right(word, _term(EXPONENT_BITS, MANTISSA_BITS, BF16, SLAB, i, 1)) & mask
+    return _as_float(bits, lift(EXPONENT_BITS, MANTISSA_BITS, BF16), BF16)
+
+
+@triton.jit
+def unpack(words, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, BF16: tl.constexpr, USE_ASM: tl.constexpr):
+    """Eight tiles, slabs 0 to 7, of float16 or bfloat16, of the shape of each of `words`, int16."""
     if USE_ASM:
         return tl.inline_asm_elementwise(
-            _asm(EXPONENT_BITS, BF16),
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
-            [a0, a1, b],
+            _asm(EXPONENT_BITS, MANTISSA_BITS, BF16),
+            _constraints(EXPONENT_BITS, MANTISSA_BITS),
+            words,
             dtype=(tl.bfloat16 if BF16 else tl.float16,) * 8,
             is_pure=True,
             pack=2,
         )
-    else:
-        w0, w1 = _unpack_lane(a0, b, EXPONENT_BITS, BF16, 0)
-        w2, w3 = _unpack_lane(a0, b, EXPONENT_BITS, BF16, 1)
-        w4, w5 = _unpack_lane(a1, b, EXPONENT_BITS, BF16, 2)
-        w6, w7 = _unpack_lane(a1, b, EXPONENT_BITS, BF16, 3)
+    elif _has_lanes(EXPONENT_BITS, MANTISSA_BITS, BF16):
+        w0, w1 = _unpack_lane(words[0], words[2], EXPONENT_BITS, MANTISSA_BITS, BF16, 0)
+        w2, w3 = _unpack_lane(words[0], words[2], EXPONENT_BITS, MANTISSA_BITS, BF16, 1)
+        w4, w5 = _unpack_lane(words[1], words[2], EXPONENT_BITS, MANTISSA_BITS, BF16, 2)
+        w6, w7 = _unpack_lane(words[1], words[2], EXPONENT_BITS, MANTISSA_BITS, BF16, 3)
         return w0, w1, w2, w3, w4, w5, w6, w7
+    else:
+        return (
+            _unpack_slab(words, EXPONENT_BITS, MANTISSA_BITS, BF16, 0),
+            _unpack_slab(words, EXPONENT_BITS, MANTISSA_BITS, BF16, 1),
+            _unpack_slab(words, EXPONENT_BITS, MANTISSA_BITS, BF16, 2),
+            _unpack_slab(words, EXPONENT_BITS, MANTISSA_BITS, BF16, 3),
+            _unpack_slab(words, EXPONENT_BITS, MANTISSA_BITS, BF16, 4),
+            _unpack_slab(words, EXPONENT_BITS, MANTISSA_BITS, BF16, 5),
+            _unpack_slab(words, EXPONENT_BITS, MANTISSA_BITS, BF16, 6),
+            _unpack_slab(words, EXPONENT_BITS, MANTISSA_BITS, BF16, 7),
+        )

@@ -69,17 +69,19 @@ def lower_mm(x: Any, planes: Sequence[Any], scale: Any, format: str, layout: str
 def _in_parts(inputs: list[Any], configs: Sequence[Config], how: Mapping[str, Any]) -> Any:
     """[M, N] as the sum of parts of K, by the best of `configs`, which have equally many."""
     x, count = inputs[0], configs[0].SPLIT_K
-    out = inductor.FixedLayout(x.get_device(), torch.float32, [count, x.get_size()[0], inputs[3].get_size()[1]])
+    out = inductor.FixedLayout(
+        x.get_device(), torch.float32, [count, x.get_size()[0], _scale(inputs, how).get_size()[1]]
+    )
     choices: list[Any] = []
     for config in configs:
         _append(choices, config, inputs, out, how)
-    return split_k.sum_of_parts(_best(choices, inputs, out), count, x.get_dtype())
+    return split_k.sum_of_parts(_best(choices, inputs, out, how), count, x.get_dtype())
 
 
 def _whole(inputs: list[Any], configs: Sequence[Config | None], how: Mapping[str, Any]) -> Any:
     """[M, N] by the best of `configs`: a tile each or, for None, the vendor's matmul."""
     x = inputs[0]
-    out = inductor.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], inputs[3].get_size()[1]])
+    out = inductor.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], _scale(inputs, how).get_size()[1]])
     most = max(config.SPLIT_K for config in configs if config is not None)
     if most > 1:  # Choices are timed on the same inputs, so all get what one of them needs.
         inputs = [*inputs, *split_k.scratch(most, out)]
@@ -89,24 +91,30 @@ def _whole(inputs: list[Any], configs: Sequence[Config | None], how: Mapping[str
             choices.append(_vendor.bind(inputs, out, **how))
         else:
             _append(choices, config, inputs, out, how)
-    return _best(choices, inputs, out)
+    return _best(choices, inputs, out, how)
 
 
 def _append(choices: list[Any], config: Config, inputs: list[Any], out: Any, how: Mapping[str, Any]) -> None:
-    k, asm = int(inputs[0].get_size()[1]), uses_asm(out.device.type)
+    fmt, k, asm = get_format(how["format"]), int(inputs[0].get_size()[1]), uses_asm(out.device.type)
     _template.maybe_append_choice(
         choices,
         input_nodes=inputs,
         layout=out,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        WITH_SCRATCH=len(inputs) > 4,
-        **constexprs(config, get_format(how["format"]), how["group_size"], k, asm),
+        PLANES=len(fmt.planes),
+        WITH_SCRATCH=len(inputs) > 2 + len(fmt.planes),
+        **constexprs(config, fmt, how["group_size"], k, asm),
     )
 
 
-def _best(choices: list[Any], inputs: list[Any], out: Any) -> Any:
-    zeros = {5: split_k.zero_locks} if len(inputs) > 4 else None
+def _scale(inputs: list[Any], how: Mapping[str, Any]) -> Any:
+    """`inputs` are x, the planes, the scale and, if K is split, the scratch: parts and locks."""
+    return inputs[1 + len(get_format(how["format"]).planes)]
+
+
+def _best(choices: list[Any], inputs: list[Any], out: Any, how: Mapping[str, Any]) -> Any:
+    zeros = None if inputs[-1] is _scale(inputs, how) else {len(inputs) - 1: split_k.zero_locks}
     chosen = inductor.autotune_select_algorithm("fp6_mm", choices, inputs, out, input_gen_fns=zeros)
     return chosen[0] if isinstance(chosen, tuple) else chosen  # with the choice, from torch 2.12
 

@@ -91,9 +91,11 @@ def commands(compiler: str) -> tuple[dict[str, list[str]], list[str]]:
     openmp = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for runs on one thread
     paths = {"portable": [], **(_X86 if x86 else {})}
     torch_flags = [*openmp, "-isystem", str(root / "include")]
+    with_torch = dict.fromkeys(("op", "fp6", "quantize"), torch_flags)
+    with_torch["planes"] = [*torch_flags, *(["-mprefer-vector-width=512"] if x86 else [])]
     objects = {
         name: [compiler, *_FLAGS, *(["-DFP6_X86"] if x86 else []), *flags, "-c", str(_SOURCES / f"{name}.cpp")]
-        for name, flags in {"op": torch_flags, "fp6": torch_flags, "quantize": torch_flags, **paths}.items()
+        for name, flags in {**with_torch, **paths}.items()
     }
     # libtorch_cpu brings OpenMP's runtime: the one that torch has loaded already, by its name.
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]

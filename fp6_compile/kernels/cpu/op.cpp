@@ -14,6 +14,7 @@
 #include <string>
 
 #include "fp6.h"
+#include "planes.h"
 
 namespace {
 using at::Tensor;
@@ -134,6 +135,63 @@ Tensor run(const Call& call, int path, bool blocks, at::IntArrayRef leading) {
   return (blocks ? by_blocks(call, path) : by_kernel(call, path)).view(shape);
 }
 
+constexpr int64_t kFewRows = 8;  // of x: dot products; above, the vendor's matmul makes up for writing the weight
+
+// A weight in canonical planes, of any format, checked: what the kernel is told is what it may read.
+struct InPlanes {
+  std::vector<Tensor> held;  // contiguous planes, then the scale
+  fp6::PlanesWeight weight{};
+
+  InPlanes(int64_t k, at::TensorList planes, const Tensor& scale, std::string_view format, optional<int64_t> group_size) {
+    const auto found = formats().find(format);
+    TORCH_CHECK_VALUE(found != formats().end(), "fp6: format: got '", string(format), "'");
+    int bits = __builtin_ctzll(found->second.numel());
+    TORCH_CHECK_VALUE(static_cast<int>(planes.size()) == __builtin_popcount(bits), "fp6: got ", planes.size(), " planes, ",
+                      string(format), " has ", __builtin_popcount(bits));
+    TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.dim() == 2, "fp6: scale is ", scale.dtype(), " of ",
+                      scale.sizes(), ", needs float32 [groups, n]");
+    weight.n = scale.size(1), weight.k = k, weight.group = std::min(group_size.value_or(k), k);
+    weight.exponent_bits = format[1] - '0', weight.mantissa_bits = format[3] - '0';
+    for (size_t i = 0; i < planes.size(); i++) {
+      const int width = 1 << (31 - __builtin_clz(bits));
+      bits -= width;
+      const Tensor& plane = held.emplace_back(planes[i].contiguous());
+      TORCH_CHECK_VALUE(plane.scalar_type() == at::kByte && plane.dim() == 2 && plane.size(0) == weight.n &&
+                            plane.size(1) * 8 >= k * width,
+                        "fp6: w", width, " is ", plane.dtype(), " ", plane.sizes(), ", does not hold a weight [", weight.n,
+                        ", ", k, "] in layout planes.v1");
+      weight.planes[i] = plane.const_data_ptr<uint8_t>(), weight.strides[i] = plane.size(1), weight.widths[i] = width;
+    }
+    const int64_t groups = weight.group > 0 ? (k + weight.group - 1) / weight.group : scale.size(0);
+    TORCH_CHECK_VALUE(scale.size(0) == groups, "fp6: scale has ", scale.size(0), " groups, ", k, " inputs in groups of ",
+                      weight.group, " need ", groups);
+    weight.scale = held.emplace_back(scale.contiguous()).const_data_ptr<float>();
+  }
+};
+
+Tensor mm_in_planes(const Tensor& x_, const InPlanes& packed) {
+  const fp6::PlanesWeight& w = packed.weight;
+  at::DimVector shape(x_.sizes().begin(), x_.sizes().end() - 1);
+  shape.push_back(w.n);
+  if (x_.numel() == 0 || w.n == 0) return at::zeros(shape, x_.options());
+  const at::ScalarType dtype = x_.scalar_type();
+  const Tensor x = x_.reshape({-1, w.k}).contiguous(), out = at::empty({x.size(0), w.n}, x.options());
+  if (x.size(0) <= kFewRows) {
+    const Tensor floats = x.to(at::kFloat), sums = at::empty(out.sizes(), floats.options());
+    fp6::mm(w, floats.const_data_ptr<float>(), x.size(0), sums.mutable_data_ptr<float>());
+    return sums.to(dtype).view(shape);
+  }
+  const bool bf16 = dtype == at::kBFloat16;
+  const int64_t step = std::max<int64_t>(1, kVendorBlock / w.k);
+  for (int64_t row = 0; row < w.n; row += step) {
+    const int64_t count = std::min(step, w.n - row);
+    const Tensor rows = at::empty({count, w.k}, at::dtype(bf16 ? at::kBFloat16 : at::kFloat));
+    fp6::dequantize(w, row, count, rows.mutable_data_ptr(), bf16);
+    out.narrow(1, row, count).copy_(at::linear(x, rows.to(dtype)));
+  }
+  return out.view(shape);
+}
+
 // What no kernel takes: other layouts and dtypes.
 Tensor by_rows(const Tensor& x, at::TensorList planes, const Tensor& scale, c10::string_view format, c10::string_view layout,
                optional<int64_t> group_size) {
@@ -144,6 +202,8 @@ Tensor by_rows(const Tensor& x, at::TensorList planes, const Tensor& scale, c10:
 
 Tensor mm(const Tensor& x, at::TensorList planes, const Tensor& scale, c10::string_view format, c10::string_view layout,
           optional<int64_t> group_size) {
+  if (layout == "planes.v1" && parts_of(x.scalar_type()) && x.dim() > 0)
+    return mm_in_planes(x, InPlanes(x.size(-1), planes, scale, format, group_size));
   if (layout != "cpu.v1" || !parts_of(x.scalar_type())) return by_rows(x, planes, scale, format, layout, group_size);
   const Call call(x, planes, scale, format, group_size);
   const int path = call.best_path();

@@ -25,7 +25,13 @@ def quantize(weight: Tensor, fmt: Format, group_size: int | None) -> tuple[Tenso
     values that are not finite: the caller's own way handles these.
     """
     n, k = weight.shape
-    if weight.dtype not in _DTYPES or weight.numel() == 0 or fmt.bits != 6 or library() is None:
+    if (
+        weight.dtype not in _DTYPES
+        or weight.numel() == 0
+        or fmt.bits != 6
+        or fmt.exponent_bits == 5
+        or library() is None
+    ):
         return None
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     group = min(group_size or k, k)
