@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from fp6_compile import lowrank
 from fp6_compile.manifest import INDEX, CheckpointError, Manifest, Weight, index_text, metadata, shards_of
-from fp6_compile.model import Place, places
 from fp6_compile.packing import PLANES
+from fp6_compile.places import Place, places
 from fp6_compile.report import LinearReport, Report, progress
 from fp6_compile.storage import DTYPES, read, replace, safetensors, sync_folder, write
 from fp6_compile.tensor import PackedTensor

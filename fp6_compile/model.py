@@ -10,86 +10,21 @@ The peak is the packed model and one weight. With `source`, a folder of safetens
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
+from fp6_compile.algorithms.budget import MIXED, choose_formats
 from fp6_compile.config import Options
 from fp6_compile.kernels.config import supports
 from fp6_compile.lowrank import has_plain_forward
+from fp6_compile.places import Place, places
 from fp6_compile.report import LinearReport, Report, log_report, progress
 from fp6_compile.storage import Entry, folder_entries, read
 from fp6_compile.tensor import DTYPES, PackedTensor
-
-
-@dataclass(eq=False)
-class Place:
-    """A parameter or buffer and everywhere it is found: tied ones have several names."""
-
-    tensor: Tensor
-    names: list[str] = field(default_factory=list)
-    owners: list[tuple[nn.Module, str]] = field(default_factory=list)
-
-    def put(self, value: Tensor) -> None:
-        """Put `value` where the tensor was, everywhere. A parameter stays one; packed, it does not require grad."""
-        if isinstance(self.tensor, nn.Parameter):
-            keeps_grad = self.tensor.requires_grad and not isinstance(value, PackedTensor)
-            value = nn.Parameter(value.detach(), requires_grad=keeps_grad)
-        for module, attribute in self.owners:
-            setattr(module, attribute, value)
-        self.tensor = value
-
-    def join(self, other: Place) -> None:
-        """Make `other` a part of this place: what is put here is put there, too."""
-        self.names, self.owners = self.names + other.names, self.owners + other.owners
-
-    @property
-    def title(self) -> str:
-        """Its name in reports: of a linear that has it, if one does."""
-        linear = (n for n, (m, _) in zip(self.names, self.owners, strict=True) if isinstance(m, nn.Linear))
-        return next(linear, self.names[0]).removesuffix(".weight")
-
-    @property
-    def is_persistent(self) -> bool:
-        """Whether it is in the model's state_dict."""
-        return any(attribute not in module._non_persistent_buffers_set for module, attribute in self.owners)
-
-
-def places(model: nn.Module) -> list[Place]:
-    """The parameters and buffers of a model, in order, tied ones once."""
-    found: dict[int, Place] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                place = found.setdefault(id(tensor), Place(tensor))
-                place.names.append(f"{prefix}.{attribute}" if prefix else attribute)
-                place.owners.append((module, attribute))
-    return list(found.values())
-
-
-@contextlib.contextmanager
-def empty_parameters() -> Iterator[None]:
-    """Modules made in this context have their parameters on the meta device, and their buffers where they belong.
-
-    What `torch.device("meta")` does not give: buffers that are computed when the model is made (rotary frequencies), and
-    that no checkpoint has. For this context torch.nn.Module registers every parameter as an empty one, in all threads.
-    """
-
-    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
-            return parameter
-        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    handle = register_module_parameter_registration_hook(empty)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def quantize_(
@@ -104,6 +39,8 @@ def quantize_(
     strict: bool = False,
     device: torch.device | str | None = None,
     source: str | os.PathLike[str] | None = None,
+    target_bits: float | None = None,
+    sensitivity: Mapping[str, float] | None = None,
 ) -> Report:
     """Replace the weight of every nn.Linear of `model` by a PackedTensor, which does not require grad.
 
@@ -112,17 +49,24 @@ def quantize_(
         format, group_size, scale, skip, min_features, float32, strict: as in config.Options; names are module names.
         device: where the model goes, and where it is quantized; None leaves it where it is (with `source`: a CPU).
         source: a folder of safetensors files, with the names of `model.state_dict()`, that has parameters and buffers.
+        target_bits: with format="auto", formats of 4 to 8 bits are mixed over the linears so that the model's error is least
+            at this many bits a weight, scales counted. Every weight is then read twice.
+        sensitivity: for that, of every linear by name, as `fp6_compile.sensitivities` measures it; without it, what it is
+            likely to be (algorithms/budget.py).
 
     Returns:
         What was packed, what was left alone and why; it is logged, too.
 
     Raises:
         ValueError: a bad option; with `strict`, a linear that cannot be packed; `source` lacks a tensor or has one of
-            another shape; tensors on the meta device that `source` does not have. The model is then as it was.
+            another shape; tensors on the meta device that `source` does not have; `target_bits` without format="auto", or
+            fewer than the smallest formats take. The model is then as it was.
         FileNotFoundError, ImportError: no safetensors files in `source`; no safetensors library.
     """
     given = {"format": format, "group_size": group_size, "scale": scale, "skip": skip, "min_features": min_features}
     options = Options.parse(None, {**given, "float32": float32, "strict": strict})
+    if target_bits is not None and format != "auto":
+        raise ValueError(f"target_bits: got {target_bits} with format={format!r}, needs format='auto'")
     model = getattr(model, "_orig_mod", model)
     target = torch.device(device) if device is not None else torch.device("cpu") if source is not None else None
     found = places(model)
@@ -131,10 +75,12 @@ def quantize_(
     values = Values(found, entries, target)
     if strict:
         check_strictly([place for place in found if id(place) in refusals], refusals, values)
+    mixed = {} if target_bits is None else _mix(found, refusals, values, options, target_bits, sensitivity or {})
     lines = []
     for place in progress(found, "fp6: packing"):
         if id(place) in refusals:
-            lines.append(_pack(place, values.of(place), refusals[id(place)], options))
+            chosen = replace(options, format=mixed.get(id(place), options.format))
+            lines.append(_pack(place, values.of(place), refusals[id(place)], chosen))
         else:
             keep(place, values.of(place))
     report = Report(tuple(lines), format)
@@ -216,6 +162,26 @@ def check_strictly(weights: list[Place], refusals: Mapping[int, tuple[str, bool]
             reason, excused = "NaN or infinite values", False
         if not excused:
             raise ValueError(f"fp6: strict: cannot pack {place.title}: {reason}")
+
+
+def _mix(
+    found: list[Place],
+    refusals: Mapping[int, tuple[str, bool] | None],
+    values: Values,
+    options: Options,
+    target_bits: float,
+    sensitivity: Mapping[str, float],
+) -> dict[int, str]:
+    """The format of each weight that is to be packed, by the id of its place."""
+    taken = [p for p in found if refusals.get(id(p), "") is None and not isinstance(p.tensor, PackedTensor)]
+    titles = {place.title for place in taken}
+    if sensitivity and sensitivity.keys() != titles:
+        name = sorted(sensitivity.keys() ^ titles)[0]
+        problem = f"lacks {name!r}" if name in titles else f"got {name!r}, which is no linear that is packed"
+        raise ValueError(f"sensitivity: {problem}")
+    weights = ((values.of(place), sensitivity.get(place.title)) for place in progress(taken, "fp6: choosing formats"))
+    chosen = choose_formats(weights, MIXED, target_bits, options.group_size, options.scale)
+    return {id(place): fmt.name for place, fmt in zip(taken, chosen, strict=True)}
 
 
 def _pack(place: Place, value: Tensor, refusal: tuple[str, bool] | None, options: Options) -> LinearReport:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from fp6_compile.formats import FORMATS
-from fp6_compile.model import Place, places
 from fp6_compile.packing import PLANES, pack
+from fp6_compile.places import Place, places
 from fp6_compile.report import LinearReport, Report, log_report, progress
 from fp6_compile.storage import Entry, folder_entries, read
 from fp6_compile.tensor import PackedTensor

@@ -11,15 +11,15 @@ PACKAGE = Path(__file__).parent.parent / "fp6_compile"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up; a room imports its own floor and those below.
 FLOORS = [
-    {"formats", "launches"},
+    {"formats", "launches", "devices"},
     {"slabs"},
     {"packing", "quantize"},
     {"algorithms", "config", "kernels"},
     {"ops", "linears", "weights", "report", "storage"},
     {"merging"},
-    {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank"},
+    {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank", "places"},
     {"backend", "model", "manifest"},
-    {"calibration", "checkpoint", "mx"},
+    {"calibration", "checkpoint", "mx", "sensitivity", "explanation"},
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fp6_compile import PackedTensor, empty_parameters, quantize_
+from fp6_compile.formats import get_format
 from tests.support import close, dequantized_
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
@@ -290,3 +291,38 @@ def test_conv1d_of_transformers_is_reported():
         "of Conv1D, which is no nn.Linear",
         "shared with transformer.wte (Embedding)",
     }
+
+
+def _bits(model):
+    packed = [p for p in model.parameters() if isinstance(p, PackedTensor)]
+    return 8 * sum(p.packed_bytes for p in packed) / sum(p.numel() for p in packed)
+
+
+def test_formats_are_mixed_to_a_target_size():
+    def build():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(*(torch.nn.Linear(256, 256, bias=False) for _ in range(6))).half()
+
+    model = build()
+    quantize_(model, format="auto", target_bits=6.2)
+    assert {linear.weight.spec.format for linear in model} == {"e2m3"}
+    assert _bits(model) == pytest.approx(6.125, abs=0.01)
+    model = build()
+    quantize_(model, format="auto", target_bits=5.7, sensitivity={str(i): 100.0 if i == 2 else 1.0 for i in range(6)})
+    kept = [p.spec.format for p in model.parameters()]
+    assert _bits(model) <= 5.7
+    assert get_format(kept[2]).bits == max(get_format(name).bits for name in kept) > 5
+    broken = build()
+    broken[3].weight.data[0, 0] = torch.nan
+    report = quantize_(broken, format="auto", target_bits=5.7)
+    assert [line.taken for line in report.linears] == [True, True, True, False, True, True]
+    given = build()
+    for how, message in (
+        ({"target_bits": 5}, r"target_bits: got 5 with format='.*', needs format='auto'"),
+        ({"format": "auto", "target_bits": 4}, "target_bits: got 4, needs at least 4.13"),
+        ({"format": "auto", "target_bits": 6, "sensitivity": dict.fromkeys("0123459", 1.0)}, "sensitivity: got '9'"),
+        ({"format": "auto", "target_bits": 6, "sensitivity": {"0": 1.0}}, "sensitivity: lacks '1'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantize_(given, **how)
+    assert not any(isinstance(p, PackedTensor) for p in given.parameters())

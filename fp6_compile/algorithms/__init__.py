@@ -12,6 +12,7 @@
     search        exponent bits and clipping per layer (LLM-FP4), power exponents (NUPES)
     scales        powers of two; zero points
     grids         integers and powers, to compare formats with
+    budget        which format each weight gets at a given size
 
 Algorithms are objects and nest: LoRC(GPTQ(Weighted()), rank=16). `calibration.calibrate_` runs one over a model.
 """

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fp6_compile.algorithms import Needs, Statistics
-from fp6_compile.model import Place
+from fp6_compile.places import Place
 
 
 @dataclass

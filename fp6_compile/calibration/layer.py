@@ -9,7 +9,7 @@ from fp6_compile.algorithms import Algorithm, Quantized
 from fp6_compile.calibration.collect import Collector
 from fp6_compile.formats import FORMATS
 from fp6_compile.lowrank import FACTORS, grow
-from fp6_compile.model import Place
+from fp6_compile.places import Place
 from fp6_compile.quantize import Grid
 from fp6_compile.report import LinearReport
 from fp6_compile.tensor import PackedTensor

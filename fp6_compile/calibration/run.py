@@ -22,7 +22,8 @@ from fp6_compile.calibration.smooth import equalize_
 from fp6_compile.calibration.state import Done, State, digest, text_digest
 from fp6_compile.config import Options
 from fp6_compile.formats import AUTO, FORMATS, get_format
-from fp6_compile.model import Place, Values, is_weight, keep, places, refusal
+from fp6_compile.model import Values, is_weight, keep, refusal
+from fp6_compile.places import Place, places
 from fp6_compile.quantize import Grid
 from fp6_compile.report import LinearReport, Report, log_report, progress
 from fp6_compile.storage import folder_entries

@@ -15,7 +15,7 @@ from torch import Tensor
 from fp6_compile.algorithms.equalize import equalizing_factors, fold
 from fp6_compile.calibration.chain import Chain
 from fp6_compile.calibration.collect import Collector
-from fp6_compile.model import Place
+from fp6_compile.places import Place
 
 # The two runs differ by roundings of weights and products; a wrong fold differs by what the factors differ from one.
 _ROUNDINGS = 8

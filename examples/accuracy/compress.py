@@ -1,0 +1,103 @@
+"""One row's weights: every linear of a model replaced by what a setting makes of it, for as long as it is measured.
+
+`calibrate_` does it, block by block, as for a user; only that the results are ordinary float32 weights again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from examples.accuracy.metrics import sqnr
+from examples.accuracy.settings import FORMATS, MIXED, Setting
+from fp6_compile.algorithms import Algorithm, Needs, Quantized, Statistics
+from fp6_compile.algorithms.budget import choose_formats
+from fp6_compile.calibration import calibrate_
+from fp6_compile.quantize import Grid
+
+
+@dataclass
+class Recorded:
+    """An algorithm of 16-bit weights that writes down what the result takes and how far it is off, by layer."""
+
+    algorithm: Algorithm
+    names: dict[int, str]  # by the address of the weight
+    grids: dict[str, Grid] = field(default_factory=dict)  # of the layers that have one of their own
+    stored_bits: int = 0
+    weights: int = 0
+    sqnr: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def needs(self) -> Needs:
+        """Those of the algorithm."""
+        return self.algorithm.needs
+
+    def __call__(
+        self, weight: Tensor, grid: Grid, group_size: int | None, stats: Statistics | None = None
+    ) -> Quantized:
+        """See algorithms.interface.Algorithm."""
+        name = self.names[weight.data_ptr()]
+        found = self.algorithm(weight.half(), self.grids.get(name, grid), group_size, stats)
+        whole = found.effective()
+        self.add(name, weight, whole, 8 * found.bytes)
+        return _Whole(found.grid, None, found.codes, found.scale, whole, shift=found.shift)
+
+    def add(self, name: str, weight: Tensor, approximation: Tensor, bits: int) -> None:
+        """Write a layer down."""
+        self.sqnr[name] = round(sqnr(weight, approximation), 2)
+        self.stored_bits += bits
+        self.weights += weight.numel()
+
+
+class _Whole(Quantized):
+    """Its `offset` is the whole weight, which calibrate_ then puts into the layer as it is: no kernel reads offsets."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        assert self.offset is not None
+        return self.offset.to(dtype)
+
+
+def _round_to_half(linears: dict[str, nn.Linear], books: Recorded) -> None:
+    for name, linear in linears.items():
+        half = linear.weight.half().float()
+        books.add(name, linear.weight, half, 16 * half.numel())
+        linear.weight = nn.Parameter(half, requires_grad=False)
+
+
+def _mixture(linears: dict[str, nn.Linear], setting: Setting, sensitivity: Mapping[str, float]) -> dict[str, Grid]:
+    if setting.target_bits is None:
+        return {}
+    weights = [(linear.weight, sensitivity.get(name)) for name, linear in linears.items()]
+    candidates = [FORMATS[name] for name in MIXED]
+    return dict(zip(linears, choose_formats(weights, candidates, setting.target_bits, setting.group), strict=True))
+
+
+@contextmanager
+def compressed(
+    model: nn.Module,
+    linears: dict[str, nn.Linear],
+    setting: Setting,
+    inputs: Iterable[Any] = (),
+    sensitivity: Mapping[str, float] | None = None,
+) -> Iterator[Recorded]:
+    """Compress `linears` while the context lasts; its value has their sizes and errors.
+
+    `inputs` are to calibrate on; `sensitivity` of each layer is for settings with `target_bits`.
+    """
+    before = {name: (linear.weight, linear.bias) for name, linear in linears.items()}
+    names = {weight.data_ptr(): name for name, (weight, _) in before.items()}
+    books = Recorded(setting.method, names, _mixture(linears, setting, sensitivity or {}))
+    try:
+        if setting.format == "fp16":
+            _round_to_half(linears, books)
+        else:
+            calibrate_(model, inputs, algorithm=books, format=setting.grid, group_size=setting.group, float32=True)
+        yield books
+    finally:
+        for name, linear in linears.items():
+            linear.weight, linear.bias = before[name]

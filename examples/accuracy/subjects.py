@@ -1,0 +1,89 @@
+"""What a subject of the study is: a model, its linears, texts to calibrate on, and how to measure it against itself.
+
+A subject measures in float32 with dequantized weights: what six bits do to a model, and not what a kernel does to six bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fp6_compile import sensitivities
+
+
+class Measured(NamedTuple):
+    """Figures of one row, and `losses` [units] with `weights` [units]: the main loss by document or sentence."""
+
+    figures: dict[str, float]
+    losses: Tensor
+    weights: Tensor
+
+
+class Subject:
+    """A model in float32 with its 16-bit weights; `reference` is called before any of them changes."""
+
+    name: str
+    size: str  # how much is measured; rows of another size are other rows
+    model: nn.Module
+    loss: str  # the name of the main loss
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """The linears that are compressed, as `quantize_` chooses them: no weights shared with an embedding."""
+        embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and id(module.weight) not in embeddings and min(module.weight.shape) >= 128
+        }
+
+    def reference(self) -> None:
+        """Keep what later measures are compared with."""
+        raise NotImplementedError
+
+    def measure(self) -> Measured:
+        """The figures with the weights that the model has now."""
+        raise NotImplementedError
+
+    def calibration(self, kind: str) -> Iterator[dict[str, Any]]:
+        """Inputs of the model's forward, as keyword arguments; none of them is measured on."""
+        raise NotImplementedError
+
+    def outputs(self, inputs: dict[str, Any]) -> Tensor:
+        """What the model makes of such inputs, as `distance` wants it."""
+        raise NotImplementedError
+
+    def distance(self, expected: Tensor, outputs: Tensor) -> float:
+        """The main loss of some outputs, given those of the model as it was."""
+        raise NotImplementedError
+
+    @cached_property
+    def sensitivity(self) -> dict[str, float]:
+        """Of each layer, measured on two batches of calibration inputs."""
+        batches = list(islice(self.calibration("own"), 2))
+        expected = [self.outputs(inputs) for inputs in batches]
+
+        def loss() -> float:
+            pairs = zip(expected, batches, strict=True)
+            return sum(self.distance(was, self.outputs(inputs)) for was, inputs in pairs)
+
+        return sensitivities(self.model, loss, float32=True)
+
+
+def half_precision(model: nn.Module) -> nn.Module:
+    """The model in float32 with weights that FP16 holds: the reference is what is deployed."""
+    return model.half().float().eval().requires_grad_(False)
+
+
+def spread(count: int, wanted: int) -> range:
+    """At most `wanted` indices of `count`, evenly spaced."""
+    return range(0, count, max(1, -(-count // wanted)))
+
+
+def pad_to(tokens: Tensor, length: int, value: int) -> Tensor:
+    """Tokens [T] with `value` after them, [length]."""
+    return torch.nn.functional.pad(tokens, (0, length - len(tokens)), value=value)
