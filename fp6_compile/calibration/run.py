@@ -7,6 +7,8 @@ statistics, and the activations of the calibration set between two blocks.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -191,4 +193,11 @@ class _Run:
                 done.lines[place.names[0]], new = quantize_linear(place, self.refusals[id(place)], *how)
                 done.tensors.update(new)
         self.lines |= done.lines
+        _trim()
         return done
+
+
+def _trim() -> None:
+    """Give freed memory back to the system where the C library keeps it (glibc: some 40 MB more with every block)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
