@@ -9,8 +9,8 @@ from torch import nn
 
 import fp6_compile
 from fp6_compile import PackedTensor, calibrate_, quantize_
-from fp6_compile.algorithms import GPTQ, RTN, BiasCorrection, Clip, LoRC, Needs, Search, Statistics, Weighted
-from fp6_compile.formats import FORMATS, Format
+from fp6_compile.algorithms import GPTQ, RTN, BiasCorrection, Clip, Integer, LoRC, Needs, Statistics, Weighted
+from fp6_compile.formats import FORMATS
 from fp6_compile.lowrank import LowRankLinear
 from tests.support import SwiGLU, close
 
@@ -125,10 +125,10 @@ def test_nan_and_linears_that_are_never_called():
 
 
 def test_a_grid_without_kernels_is_simulated():
-    fmt = Format("e1m1", 1, 1)
+    fmt = Integer(3)
     model, original = _tower(), _tower()
     report = calibrate_(model, format=fmt, group_size=32)
-    assert (report.format, report.taken[0].bytes_after) == ("e1m1", DIM * DIM * 3 // 8 + 4 * 4 * DIM)
+    assert (report.format, report.taken[0].bytes_after) == ("int3", DIM * DIM * 3 // 8 + 4 * 4 * DIM)
     expected = RTN()(original.first.weight.detach(), fmt, 32).dequantize(torch.float16)
     assert torch.equal(model.first.weight, expected)
     assert not isinstance(model.first.weight, PackedTensor)
@@ -137,8 +137,9 @@ def test_a_grid_without_kernels_is_simulated():
 def test_a_format_for_each_layer():
     model = _tower()
     model.head.weight.data = torch.distributions.StudentT(1.5).sample((160, DIM)).half()
-    report = calibrate_(model, format="e2m3", algorithm=Search(RTN(), (FORMATS["e2m3"], FORMATS["e3m2"])))
-    assert {line.name: line.note for line in report.linears}["head"] == "in e3m2"
+    report = calibrate_(model, format="auto")
+    assert report.format == "auto"
+    assert {line.name: line.format for line in report.linears}["head"] == "e3m2"
     assert (model.head.weight.spec.format, model.first.weight.spec.format) == ("e3m2", "e2m3")
 
 

@@ -27,7 +27,7 @@ def quantize_linear(
     tensor = place.tensor
     about = place.title, tuple(tensor.shape), tensor.dtype, tensor.nbytes
     if isinstance(tensor, PackedTensor):
-        return LinearReport(*about, tensor.packed_bytes, note="packed already"), {}
+        return LinearReport(*about, tensor.packed_bytes, note="packed already", format=tensor.spec.format), {}
     if refusal:
         return LinearReport(*about, tensor.nbytes, refusal[0]), {}
     try:
@@ -36,7 +36,7 @@ def quantize_linear(
     except ValueError as error:
         return LinearReport(*about, tensor.nbytes, str(error)), {}
     place.put(_weight(found, tensor.dtype))
-    line = LinearReport(*about, found.bytes, note=_note(place, grid, found, collector))
+    line = LinearReport(*about, found.bytes, note=_note(place, collector), format=found.grid.name)
     return line, {place.names[0]: place.tensor, **_add_extras(place, found)}
 
 
@@ -73,13 +73,11 @@ def _add_extras(place: Place, found: Quantized) -> dict[str, Tensor]:
     return added
 
 
-def _note(place: Place, grid: Grid, found: Quantized, collector: Collector | None) -> str | None:
-    notes = [f"in {found.grid.name}"] if found.grid != grid else []
-    if collector is not None:
-        lost = collector.left_out(place)
-        if collector[place] is None:
-            why = "all its inputs are NaN or infinite" if lost else "never called"
-            notes.append(f"{why}: quantized without data")
-        elif lost:
-            notes.append(f"tokens with NaN or infinite values, left out: {lost}")
-    return ", ".join(notes) or None
+def _note(place: Place, collector: Collector | None) -> str | None:
+    if collector is None:
+        return None
+    lost = collector.left_out(place)
+    if collector[place] is None:
+        why = "all its inputs are NaN or infinite" if lost else "never called"
+        return f"{why}: quantized without data"
+    return f"tokens with NaN or infinite values, left out: {lost}" if lost else None

@@ -7,6 +7,8 @@ statistics, and the activations of the calibration set between two blocks.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -14,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp6_compile.algorithms import RTN, Algorithm, Needs
+from fp6_compile.algorithms import RTN, Algorithm, Needs, Search
 from fp6_compile.calibration.chain import Chain, find_blocks, quiet
 from fp6_compile.calibration.collect import Collector
 from fp6_compile.calibration.layer import quantize_linear, restore
 from fp6_compile.calibration.smooth import equalize_
 from fp6_compile.calibration.state import Done, State, digest, text_digest
 from fp6_compile.config import Options
-from fp6_compile.formats import get_format
+from fp6_compile.formats import AUTO, FORMATS, get_format
 from fp6_compile.model import Values, is_weight, keep, refusal
 from fp6_compile.places import Place, places
 from fp6_compile.quantize import Grid
@@ -53,8 +55,8 @@ def calibrate_(
         inputs: of the model: tensors, tuples of arguments or mappings of keywords, on the model's device. They are held
             until the end. Not needed by algorithms without statistics (RTN, Clip).
         algorithm: of fp6_compile.algorithms; None is RTN, and the same as quantize_.
-        format: a name, or a grid. Of a grid that is no format of the backend, the dequantized weights are put into the
-            model, for evaluation.
+        format: a name, "auto" (for each layer the better of two six-bit ones), or a grid. Of a grid that is no format of
+            the backend, the dequantized weights are put into the model, for evaluation.
         group_size, skip, min_features, float32: as in config.Options.
         device, source: as for `quantize_`: with `source` and empty parameters, blocks are read when their turn comes.
         blocks: the name of the module whose children are the blocks; None takes the longest nn.ModuleList, "" none: the
@@ -75,6 +77,8 @@ def calibrate_(
     algorithm = algorithm or RTN()
     if equalize is not None and not 0 <= equalize <= 1:
         raise ValueError(f"equalize: got {equalize!r}, needs a number from 0 to 1, or None")
+    if format == "auto":
+        algorithm, format = Search(algorithm, tuple(FORMATS[name] for name in AUTO)), AUTO[0]
     grid = get_format(format) if isinstance(format, str) else format
     given = {"group_size": group_size, "skip": list(skip), "min_features": min_features, "float32": float32}
     options = Options.parse(None, given)
@@ -85,8 +89,8 @@ def calibrate_(
             run.without_data(found)
         else:
             run.with_data(found, inputs, resume)
-    names = [place.names[0] for place in run.places]
-    report = Report(tuple(run.lines[name] for name in names if name in run.lines), grid.name)
+    lines = tuple(run.lines[place.names[0]] for place in run.places if place.names[0] in run.lines)
+    report = Report(lines, grid.name if {line.format for line in lines} <= {grid.name, None} else "auto")
     log_report(report)
     return report
 
@@ -189,4 +193,11 @@ class _Run:
                 done.lines[place.names[0]], new = quantize_linear(place, self.refusals[id(place)], *how)
                 done.tensors.update(new)
         self.lines |= done.lines
+        _trim()
         return done
+
+
+def _trim() -> None:
+    """Give freed memory back to the system where the C library keeps it (glibc: some 40 MB more with every block)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
