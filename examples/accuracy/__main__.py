@@ -17,13 +17,13 @@ from pathlib import Path
 from benchmarks.environment import versions
 from examples.accuracy import settings, study, table
 from examples.accuracy.encoder import Encoder, find_encoder
-from examples.accuracy.language import CausalModel, CodeModel, Sample
+from examples.accuracy.language import WRITING, CausalModel, CodeModel, Sample
 from examples.accuracy.rows import Rows, export
 from examples.accuracy.settings import Setting
 from examples.accuracy.subjects import Subject
 from examples.code_lm.checkpoint import WEIGHTS
 
-SUBJECTS = ["code", "encoder", "prose"]
+SUBJECTS = ["code", "encoder", "prose", "writing"]
 QUICK = Sample(windows=4, length=128, prompts=4, greedy=2, context=64, count=16, calibration=4, batch=4)
 
 
@@ -51,6 +51,8 @@ def _subjects(arguments: argparse.Namespace) -> Iterator[tuple[Subject, list[Set
         return
     if "code" in arguments.subjects:
         yield CodeModel("code", arguments.code_model, sample), settings.full()
+    if "writing" in arguments.subjects:
+        yield CodeModel("code", arguments.code_model, sample if arguments.quick else WRITING), settings.writing()
     if "prose" in arguments.subjects:
         yield CodeModel("prose", arguments.code_model, sample), settings.overfit()
     if "encoder" in arguments.subjects:

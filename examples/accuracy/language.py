@@ -130,7 +130,10 @@ class LanguageModel(Subject):
         figures["greedy"] = metrics.common_prefix(self.greedy, greedy).mean().item()
         if self.headers:
             texts = [self.detokenize(row).decode(errors="replace") for row in sampled.tolist()]
-            figures["parses"] = sum(map(metrics.parses, self.headers, texts)) / len(texts)
+            judged = [v for v in map(metrics.parses, self.headers, texts) if v is not None]
+            figures["judged"] = float(len(judged))
+            if judged:
+                figures["parses"] = sum(judged) / len(judged)
         return Measured(figures, sums[:, 0] / count, count)
 
     def _batches(self) -> tuple[Tensor, ...]:
@@ -167,6 +170,10 @@ class LanguageModel(Subject):
             if len(written) < self.sample.count:
                 logits, state = self.step(written[-1], state)
         return tuple(torch.cat(written, 1).split([greedy, len(self.prompts)]))
+
+
+# For what it writes: long enough for statements after a docstring.
+WRITING = Sample(windows=16, prompts=64, greedy=16, count=128)
 
 
 class CodeModel(LanguageModel):

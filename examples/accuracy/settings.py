@@ -128,6 +128,12 @@ def overfit() -> list[Setting]:
     return [Setting(), *_rows(["e3m2", "e2m3", "int4"], [None], "rtn"), Setting("int4", 64), *gptq]
 
 
+def writing() -> list[Setting]:
+    """The rows for what a model writes, at length."""
+    gptq = [Setting("e2m3", None, "gptq", "own"), Setting("int4", 64, "gptq", "own")]
+    return [Setting(), *_rows(["e3m2", "e2m3", "int4", "e2m1"], [None], "rtn"), *gptq]
+
+
 def quick() -> list[Setting]:
     """Few rows of each kind, for tests."""
     calibrated = Setting("e2m3", None, "bias", "own")
