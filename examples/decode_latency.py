@@ -1,83 +1,170 @@
-"""Milliseconds per token of a Llama-shaped model with random weights, six bits beside sixteen.
+"""Milliseconds per token of a Llama-shaped model with random weights, or of a local transformers model, by width of weights.
 
-    python -m examples.decode_latency --size 1b --device cpu --batch 1 --tokens 64
+    python -m examples.decode_latency --size 1b --device cpu --threads 1 --batch 1 4
+    python -m examples.decode_latency --size 8b --batch 1 4 16 64 --out decode_8b.json --plot decode_8b.png    # on a GPU
+    python -m examples.decode_latency --model FOLDER --temperature 0.8 --steps-per-graph 8
 
-Every backend has a process of its own (its memory is then its own), and the processes take turns, round by round, because
-other work on the machine comes and goes. A card for people; the last line is one JSON document.
+Prefill and decode are compiled; a decode step is one graph with the choice of the token inside, and on a GPU a CUDA graph.
+Every provider has a process of its own (its memory is then its own), and has had another one before, with empty caches, to
+see how long compilation takes. On a CPU the processes take turns, round by round, because other work on the machine comes
+and goes; on a GPU each has it alone (--turns, --alone). A card for people; the last line is one JSON document.
 
-What it leaves out: prefill, sampling other than greedy, trained weights.
+The linears are six bits wide, the head, too (--head 16 leaves it). What it leaves out: trained weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.bandwidth import read_bandwidth
-from benchmarks.cpu import environment
-from examples.decode.card import compare, last_line, show, summary
-from examples.decode.measure import Settings, Worker
-from examples.decode.model import SIZES
+from benchmarks.environment import gpu, versions
+from examples.decode.arguments import parse
+from examples.decode.card import show, summary, write
+from examples.decode.llama import SIZES, parameter_count
+from examples.decode.measure import Settings
+from examples.decode.plot import draw
+from examples.decode.worker import Worker
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, measure, print."""
-    arguments = _arguments(argv)
-    packing = {"format": arguments.format, "group_size": arguments.group_size}
+    arguments, settings = parse(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    workers = {}
-    for backend in arguments.backends:
-        print(f"building and compiling with {backend} ...", flush=True)
-        workers[backend] = Worker(
-            Settings(
-                *(backend, arguments.size, arguments.device, arguments.batch, arguments.tokens, arguments.threads),
-                packing if backend == "fp6" else {},
-            )
-        )
-    seconds: dict[str, list[float]] = {backend: [] for backend in workers}
-    bandwidth = None
-    for number in range(1, arguments.rounds + 1):
-        if arguments.device == "cpu":  # between the rounds, because it changes with what else is running
-            bandwidth = max(bandwidth or 0.0, read_bandwidth())
-        for backend, worker in workers.items():
-            taken, _ = worker.round()
-            seconds[backend] += taken
-            print(f"round {number}, {backend}: {1e3 * statistics.median(taken):.2f} ms per token", flush=True)
-    for worker in workers.values():
-        worker.close()
-    results = {b: summary(worker.known, seconds[b], arguments.batch, bandwidth) for b, worker in workers.items()}
-    parameters = next(iter(results.values()))["parameters"]
-    show(f"{arguments.size}: {parameters / 1e6:.0f} M parameters, batch {arguments.batch}, {arguments.device}", results)
-    where = environment() if arguments.device == "cpu" else {"gpu": torch.cuda.get_device_name()}
-    about = {**vars(arguments), **where, "read_gb_s": bandwidth and round(bandwidth, 1)}
-    last_line({**about, **compare(results), "results": results})
+    document: dict[str, Any] = {**vars(arguments), **about(arguments), "out": None, "plot": None}
+    document["results"] = {batch: {} for batch in arguments.batch}
+    with tempfile.TemporaryDirectory() as caches:
+        settings = [dataclasses.replace(each, cache=_folder(caches, each.provider)) for each in settings]
+        for together in [[each] for each in settings] if arguments.alone else [settings]:
+            with Providers(together, arguments) as providers:
+                for batch in arguments.batch:
+                    document["results"][batch] |= providers.measure(batch)
+                    write(document, arguments.out)
+    for batch, results in document["results"].items():
+        show(f"{document['model']}, batch {batch}, {document['device_name']}", results)
+    if arguments.plot:
+        draw(document, arguments.plot)
+    print(json.dumps(document))
 
 
-def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="tiny", choices=SIZES)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--batch", type=_positive, default=1)
-    parser.add_argument("--tokens", type=_positive, default=64, help="of a round, and the length of the cache")
-    parser.add_argument("--rounds", type=_positive, default=3, help="turns of each backend")
-    parser.add_argument("--threads", type=_positive, help="torch.set_num_threads")
-    parser.add_argument("--backends", nargs="+", default=["inductor", "fp6"], choices=["inductor", "fp6"])
-    parser.add_argument("--format", default="e3m2", choices=["e3m2", "e2m3"])
-    parser.add_argument("--group-size", type=_positive, help="inputs that share a scale; without it a row")
-    arguments = parser.parse_args(argv)
-    if arguments.tokens < 3:
-        parser.error(f"--tokens: got {arguments.tokens}, need at least 3")
-    return arguments
+def about(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The machine, the software, and the model."""
+    cuda, size = arguments.device == "cuda", SIZES.get(arguments.model)
+    known = {**versions(), "parameters": parameter_count(size) if size else None}
+    if cuda:
+        return {**known, **gpu(), "device": "cuda", "device_name": torch.cuda.get_device_name()}
+    from benchmarks.cpu import environment
+
+    return {**known, **environment(), "device_name": f"CPU, {torch.get_num_threads()} thread(s)"}
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}, need a positive number")
-    return value
+class Providers:
+    """Providers whose processes live at the same time and take turns."""
+
+    def __init__(self, settings: list[Settings], arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.failed: dict[str, str] = {}
+        self.cold: dict[str, dict[str, Any]] = {}
+        self.workers: dict[str, Worker] = {}
+        self.bandwidth: float | None = None
+        for each in settings:
+            self._guarded(each.provider, self._start, each)
+
+    def __enter__(self) -> Providers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+    def measure(self, batch: int) -> dict[str, dict[str, Any]]:
+        """What is known of each provider at a batch size, or its error."""
+        first = batch == self.arguments.batch[0]
+        known = {name: self._guarded(name, self._prepare, name, batch, first) for name in list(self.workers)}
+        rounds = self._rounds()
+        results = {name: {"error": error} for name, error in self.failed.items()}
+        for name in list(self.workers):
+            prefill, seconds = rounds[name]
+            more = self._guarded(name, self._more, name, statistics.median(seconds)) or {}
+            results[name] = summary({**known[name], **more}, seconds, prefill, batch, self.bandwidth)
+        return results
+
+    def _start(self, settings: Settings) -> None:
+        name, batch = settings.provider, self.arguments.batch[0]
+        if settings.provider != "eager" and not self.arguments.once:
+            print(f"{name}: building and compiling for batch {batch}, with empty caches", flush=True)
+            worker = Worker(settings, _say)
+            try:
+                self.cold[name] = worker.prepare(batch)
+            finally:
+                worker.close()
+        print(f"{name}: building", flush=True)
+        self.workers[name] = Worker(settings, _say)
+
+    def _prepare(self, name: str, batch: int, first: bool) -> dict[str, Any]:
+        known = self.workers[name].prepare(batch)
+        taken = known.pop("compile_s")
+        print(f"{name}: ready for batch {batch} after {taken:.1f} s", flush=True)
+        warm = first and name in self.cold
+        cold = self.cold[name]["compile_s"] if warm else taken
+        if name == "eager":
+            return {**self.workers[name].known, **known}
+        times = {"compile_cold_s": cold, "compile_warm_s": taken if warm else None}
+        return {**self.workers[name].known, **known, **times}
+
+    def _rounds(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Seconds of prefills, and of steps per token, of each."""
+        taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in self.workers}
+        for number in range(1, self.arguments.rounds + 1):
+            # Between the rounds, because on a CPU it changes with what else is running.
+            self.bandwidth = max(self.bandwidth or 0.0, read_bandwidth(device=self.arguments.device))
+            for name in list(self.workers):
+                result = self._guarded(name, self.workers[name].round)
+                if result is not None:
+                    prefill, seconds, _ = result
+                    taken[name][0].append(prefill)
+                    taken[name][1].extend(seconds)
+                    print(f"round {number}, {name}: {1e3 * statistics.median(seconds):.2f} ms per token", flush=True)
+        return taken
+
+    def _more(self, name: str, p50: float) -> dict[str, Any]:
+        """What is measured after the times, so that it cannot disturb them."""
+        worker = self.workers[name]
+        more: dict[str, Any] = {"peak_bytes": worker.peak(), "kernels": worker.kernels()}
+        if self.arguments.plot:
+            more["breakdown"] = worker.breakdown(p50 * 1e3)
+        if self.arguments.lora and name not in ("int8", "int4"):
+            more |= worker.adapter()
+        return more
+
+    def _guarded(self, name: str, function: Any, *args: Any) -> Any:
+        """The function's result; a provider that fails is none any more, and the others go on."""
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            print(f"{name}: {error}", flush=True)
+            self.failed[name] = str(error)
+            if name in self.workers:
+                self.workers.pop(name).close()
+            return None
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _folder(caches: str, provider: str) -> str:
+    folder = Path(caches) / provider
+    folder.mkdir()
+    return str(folder)
 
 
 if __name__ == "__main__":

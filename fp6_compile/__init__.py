@@ -16,6 +16,7 @@
     lowerings  fp6::mm => Inductor template, epilogue fused
     kernels    Triton for GPUs, C++ for CPUs
     backend    all of it behind one name
+    launches   which kernels a compiled graph launches
 
 Packed models as files and objects:
 
@@ -42,7 +43,7 @@ from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import quantize_
 from fp6_compile.mx import load_mx
 from fp6_compile.places import empty_parameters
-from fp6_compile.report import LinearReport, Report, last_report, reports
+from fp6_compile.report import LinearReport, Refresh, Report, last_refresh, last_report, reports
 from fp6_compile.sensitivity import sensitivities
 from fp6_compile.tensor import PackedTensor
 from fp6_compile.weights import refresh
@@ -51,9 +52,11 @@ __all__ = [
     "CheckpointError",
     "LinearReport",
     "PackedTensor",
+    "Refresh",
     "Report",
     "calibrate_",
     "empty_parameters",
+    "last_refresh",
     "last_report",
     "load",
     "load_mx",

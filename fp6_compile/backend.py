@@ -23,8 +23,12 @@ from fp6_compile import lowerings
 from fp6_compile.config import Options
 from fp6_compile.graph import PackedGraph
 from fp6_compile.passes import FP6Pass
-from fp6_compile.report import Report, forget_reports, publish
+from fp6_compile.report import Report, forget_reports, publish, publish_refresh
 from fp6_compile.weights import forget_weights
+
+# Pointwise kernels that do not depend on each other are one launch: in attention the rotary embeddings of q and k, and the
+# writes of k and v to the cache. Not reductions: with them in it, a kernel's block sizes fit nobody.
+_ON_GPU = {"combo_kernels": True, "combo_kernels_pointwise_only": True}
 
 
 def fp6(
@@ -45,7 +49,8 @@ def fp6(
         ValueError: an option is unknown or ill-typed; with `strict`, a linear cannot be taken.
     """
     parsed = Options.parse(mode, options)
-    patches = _inductor_patches(parsed)
+    on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in example_inputs)
+    patches = _inductor_patches(parsed, _ON_GPU if on_gpu else {})
     lowerings.register()
     packed = PackedGraph(gm, example_inputs, parsed)
     publish(Report(tuple(packed.linears), parsed.format))
@@ -54,6 +59,7 @@ def fp6(
 
     def run(*args: Any) -> Any:
         planes = [tensor for weight in taken for tensor in weight.tensors(args)]
+        publish_refresh()
         inputs = [*(args[position] for position in kept), *planes]
         if torch.is_grad_enabled():
             return compiled(*inputs)
@@ -72,9 +78,9 @@ def _reset() -> None:
 fp6.reset = _reset  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
 
 
-def _inductor_patches(options: Options) -> dict[str, Any]:
-    """Settings of mode and user, and our pass after the passes that the user has set."""
-    settings: dict[str, Any] = {}
+def _inductor_patches(options: Options, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Our defaults, settings of mode and user, and our pass after the passes that the user has set."""
+    settings = dict(defaults)
     for option, mode, given in (("mode", options.mode, {}), ("inductor", None, dict(options.inductor))):
         try:
             # torch's own wrapper, because it knows the modes, checks names and types, and prepares CUPTI for CUDA graphs.

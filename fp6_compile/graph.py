@@ -47,7 +47,8 @@ class PackedGraph:
         self.taken: list[WeightInput] = []
         self._lines: dict[int, LinearReport] = {}
         for group in groups(self._candidates(gm)):
-            self._take(group)
+            if len(group) > 1 or not group[0].packed:
+                self._take(group)
         self.linears = [self._lines[position] for position in sorted(self._lines)]
         self.gm.graph.lint()
         self.gm.recompile()
@@ -64,18 +65,19 @@ class PackedGraph:
         for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
             value = self.example_inputs[position]
             packed = getattr(value, "_local_tensor", value)  # a DTensor's
+            weight = find_weight(node)
             if isinstance(packed, PackedTensor):
                 self._lines[position] = _packed_already(node, packed)
-                continue
-            weight = find_weight(node)
             if weight is None or not _is_static(node, value):
                 continue
             candidate = Candidate(position, weight, value, module_names(weight))
-            refused = refusal(weight, value, candidate.names, self.options)
-            if refused is None:
-                yield candidate
-            else:
+            if isinstance(packed, PackedTensor):
+                if packed is value and _can_move(candidate):
+                    yield candidate
+            elif refused := refusal(weight, value, candidate.names, self.options):
                 self._refuse(candidate, *refused)
+            else:
+                yield candidate
 
     def _refuse(self, candidate: Candidate, reason: str, excused: bool) -> None:
         if self.options.strict and not excused:
@@ -104,23 +106,25 @@ class PackedGraph:
             self.taken.append(WeightInput([candidate.position for candidate in group], planes))
         for i, candidate in enumerate(group):
             self._drop(candidate)
-            count("linears_taken")
+            if not candidate.packed:
+                count("linears_taken")
             size = sum(tensor.nbytes for planes in packs for tensor in planes.weights[i].tensors)
             self._report(candidate, size, note=_note(candidate, group), format=packs[0].spec.format)
 
     def _pack(self, group: list[Candidate], transposed: bool) -> Planes:
-        options, value = self.options, group[0].value
-        fmt = self._format([c.value.t() if transposed else c.value for c in group])
-        layout = layout_for(value.device, value.dtype, fmt)
-        spec = PackSpec(fmt.name, options.group_size, options.scale, layout, transposed, value.device)
+        first = group[0]
+        how, value = first.packed or self.options, first.value
+        fmt = self._format(group, transposed)
+        layout = first.packed.layout if first.packed else layout_for(value.device, value.dtype, fmt)
+        spec = PackSpec(fmt.name, how.group_size, self.options.scale, layout, transposed, value.device)
         return packed_planes([c.value for c in group], spec, [c.names[0] for c in group])
 
-    def _format(self, weights: list[Tensor]) -> Format:
-        options = self.options
-        if options.format != "auto":
-            return get_format(options.format)
-        with torch.no_grad():
-            return choose_format(weights, [get_format(name) for name in AUTO], options.group_size, options.scale)
+    def _format(self, group: list[Candidate], transposed: bool) -> Format:
+        options, packed = self.options, group[0].packed
+        if packed or options.format != "auto":
+            return get_format(packed.format if packed else options.format)
+        weights = [c.value.detach().t() if transposed else c.value.detach() for c in group]
+        return choose_format(weights, [get_format(name) for name in AUTO], options.group_size, options.scale)
 
     def _replace(self, group: list[Candidate], planes: Planes) -> None:
         """Each weight's readers read its rows of the dequantized planes instead."""
@@ -163,9 +167,17 @@ class PackedGraph:
 
 def _note(candidate: Candidate, group: list[Candidate]) -> str | None:
     others, readers = [c.names[0] for c in group if c is not candidate], candidate.weight.others
-    notes = [f"merged with {', '.join(others)}"] if others else []
+    notes = ["packed already"] if candidate.packed else []
+    notes += [f"merged with {', '.join(others)}"] if others else []
     notes += [f"{candidate.value.dtype} kept for {', '.join(readers)}"] if readers else []
     return "; ".join(notes) or None
+
+
+def _can_move(candidate: Candidate) -> bool:
+    """Whether a PackedTensor's planes can lie beside others'. Changes of inference tensors could not be noticed."""
+    weight, value = candidate.weight, candidate.value
+    as_linear = candidate.orientations == [False] and not candidate.packed.transposed
+    return as_linear and weight.mutated_by is None and not value.is_inference()
 
 
 def _packed_already(node: Node, weight: PackedTensor) -> LinearReport:
@@ -192,8 +204,8 @@ def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
 
 
 def _is_static(node: Node, value: Any) -> bool:
-    """Whether an input is part of the model rather than of the call, and can be a weight: a vector is none."""
+    """Whether an input is part of the model rather than of the call, and can be a weight: a KV cache is static, and none."""
     static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
-    return (
-        isinstance(value, Tensor) and value.dim() > 1 and (isinstance(value, torch.nn.Parameter) or static is not None)
-    )
+    if isinstance(value, torch.nn.Parameter):
+        return value.dim() > 1
+    return isinstance(value, Tensor) and static is not None and value.dim() == 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -21,7 +22,10 @@ from fp6_compile.packing import CPU, rows_per_index, slab_layout
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight that can be taken: its position among the graph's inputs, its readers, its value and its names."""
+    """A weight that can be taken: its position among the graph's inputs, its readers, its value and its names.
+
+    One that is packed already (a PackedTensor) can be merged with others of its kind.
+    """
 
     position: int
     weight: Weight
@@ -38,6 +42,18 @@ class Candidate:
         """N, for a weight that is read one way round."""
         return self.value.shape[1 if self.orientations == [True] else 0]
 
+    @property
+    def packed(self) -> Any:
+        """How it is packed, if it is already."""
+        return getattr(self.value, "spec", None)
+
+    @property
+    def granularity(self) -> int:
+        """Rows that one index of its planes holds: six bits', for no other width's index holds more."""
+        if self.packed:
+            return rows_per_index(self.packed.layout)
+        return rows_per_index(CPU if self.value.device.type == "cpu" else slab_layout(self.value.dtype))
+
 
 def groups(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
     """The candidates, in lists of those that are packed side by side; most lists have one."""
@@ -53,16 +69,16 @@ def _key(candidate: Candidate) -> Hashable:
     x = input_of(candidate.weight) if len(matmuls) == 1 and not both else None
     if x is None:
         return candidate.position
-    value, module = candidate.value, candidate.names[0].rpartition(".")[0]
+    # PEFT puts a linear into a module of its own, beside its adapter.
+    value, module = candidate.value, candidate.names[0].removesuffix(".base_layer").rpartition(".")[0]
     # By the same function, so that it becomes the same views of x in every linear.
-    return x, matmuls[0].target, module, transposed, value.shape[0 if transposed else 1], value.dtype, value.device
+    k, how = value.shape[0 if transposed else 1], (value.dtype, value.device, candidate.packed)
+    return x, matmuls[0].target, module, transposed, k, *how
 
 
 def _aligned(together: list[Candidate]) -> list[list[Candidate]]:
     """One group in which every weight starts at an index of its own; weights that would prevent it stay alone."""
-    # The layouts of six bits: those of other widths have no coarser index.
-    value = together[0].value
-    granularity = rows_per_index(CPU if value.device.type == "cpu" else slab_layout(value.dtype))
+    granularity = together[0].granularity
     whole = [candidate for candidate in together if candidate.rows % granularity == 0]
     odd = [candidate for candidate in together if candidate.rows % granularity != 0]
     return [group for group in ([*whole, *odd[:1]], *([candidate] for candidate in odd[1:])) if group]

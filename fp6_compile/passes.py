@@ -18,6 +18,7 @@ A dequantize that no matmul took is decomposed, so that Inductor fuses it like a
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Sequence
 from pathlib import Path
@@ -252,6 +253,7 @@ class FP6Pass(CustomGraphPass):
         return source_hash(), self.options, *theirs
 
 
+@functools.cache
 def source_hash() -> bytes:
     """A hash of every file of this package."""
     package = Path(__file__).parent

@@ -122,6 +122,40 @@ def log_report(report: Report) -> None:
         log.warning("%s", report.summary())
 
 
+@dataclass(frozen=True)
+class Refresh:
+    """The weights that one call found changed and quantized anew, by module, and how long each took, in seconds."""
+
+    seconds: dict[str, float]
+
+    def __str__(self) -> str:
+        names = list(self.seconds)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"fp6: quantized anew {', '.join(names[:3])}{more} in {1e3 * sum(self.seconds.values()):.1f} ms"
+
+
+_refreshed: dict[str, float] = {}
+_last_refresh: list[Refresh] = []
+
+
+def last_refresh() -> Refresh | None:
+    """What the newest call with changed weights did about them; None if there was none since torch._dynamo.reset()."""
+    return _last_refresh[-1] if _last_refresh else None
+
+
+def refreshed(name: str, seconds: float) -> None:
+    """A weight was quantized anew for the present call."""
+    _refreshed[name] = _refreshed.get(name, 0.0) + seconds
+
+
+def publish_refresh() -> None:
+    """Keep and log what was quantized anew for the present call. Runs at every call: mostly there is nothing."""
+    if _refreshed:
+        _last_refresh[:] = [Refresh(dict(_refreshed))]
+        _refreshed.clear()
+        log.info("%s", _last_refresh[0])
+
+
 def count(event: str) -> None:
     """Add one to torch._dynamo.utils.counters["fp6"][event]."""
     from torch._dynamo.utils import counters  # here, because it imports Triton and Inductor
@@ -143,6 +177,8 @@ def progress(items: Sequence[Item], title: str) -> Iterable[Item]:
 def forget_reports() -> None:
     """Forget all reports."""
     _reports.clear()
+    _refreshed.clear()
+    _last_refresh.clear()
 
 
 def size_text(count: float) -> str:

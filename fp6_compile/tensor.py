@@ -146,6 +146,16 @@ class PackedTensor(Tensor):
             planes.put(rows, pack(unpack(block, fmt, spec.layout, rows.stop - rows.start, spec.k), fmt, layout))
         return PackedTensor(planes.tensors, self.scale, spec._replace(layout=layout))
 
+    def move_to(self, planes: Sequence[Tensor], scale: Tensor) -> None:
+        """Read the same weight from `planes` and `scale` from now on, which are rows of larger ones; merging.py says why.
+
+        Scales of groups stay: their rows would not be contiguous, and graphs that are compiled already count on it.
+        """
+        for name, plane in zip(plane_names(get_format(self.spec.format)), planes, strict=True):
+            setattr(self, name, plane.data)  # no view to autograd
+        if len(scale) == 1:
+            self.scale = scale.data.view(-1).view(1, -1)  # with the strides of a scale that lies alone
+
     def mm(self, x: Tensor) -> Tensor:
         """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`. Autocast casts x, as it does for F.linear."""
         if torch.is_autocast_enabled(x.device.type):
@@ -187,8 +197,10 @@ class PackedTensor(Tensor):
         return dispatch.call(func, args, kwargs or {})
 
     def _stable_hash_for_caching(self) -> str:
-        """What AOTAutograd's cache must know of it beside the metadata of its tensors."""
-        return repr(self.spec)
+        """What AOTAutograd's cache must know of it beside the metadata of its tensors: also what the graph makes of it."""
+        from fp6_compile.passes import source_hash  # imports Inductor, which is imported where it caches
+
+        return f"{self.spec} {source_hash().hex()}"
 
     def __repr__(self) -> str:  # type: ignore[override]
         spec, group = self.spec, f", group_size={self.spec.group_size}" if self.spec.group_size else ""

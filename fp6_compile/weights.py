@@ -2,7 +2,8 @@
 
 Weights that multiply the same input lie side by side in one set of planes, so that one matmul reads them all (merging.py);
 each still follows its own parameter, in its own rows. A weight that one graph has in such a set and another graph has alone,
-or in another set, is packed for each.
+or in another set, is packed for each. A parameter that is packed already (a PackedTensor) is moved into the set, and has its
+own planes there from then on: it takes no more memory than before.
 
 The parameter stays the user's own, and they may change it after compilation: `copy_`, `load_state_dict`, an optimizer step,
 `p.data = ...`, `module.weight = nn.Parameter(...)`. None of that fails a Dynamo guard, so every call asks each packed weight
@@ -15,9 +16,11 @@ One kind of change leaves no trace in PyTorch: writing in place through `.data`,
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +30,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fp6_compile.formats import get_format
 from fp6_compile.packing import pack
 from fp6_compile.quantize import quantize
-from fp6_compile.report import count
+from fp6_compile.report import count, refreshed
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,23 @@ class PackedWeight:
         with torch.inference_mode(False):  # Inference tensors could not be refreshed outside inference mode.
             self.tensors = self._quantized(parameter)
         self._remember(parameter)
-        count("weights_packed")
+        if not hasattr(parameter, "planes"):
+            count("weights_packed")
 
     def refresh(self, parameter: Tensor) -> None:
         """Quantize `parameter` into the same tensors. If it is refused (NaN), they are left as they were."""
         with torch.inference_mode(False):
             for mine, new in zip(self.tensors, self._quantized(parameter), strict=True):
-                mine.copy_(new)
+                if mine.data_ptr() != new.data_ptr():  # one that was housed here is its own place
+                    mine.copy_(new)
+        self.house(parameter)
         self._remember(parameter)
         count("weights_refreshed")
+
+    def house(self, parameter: Any) -> None:
+        """If `parameter` is packed already, these tensors are its own from now on."""
+        if hasattr(parameter, "planes"):
+            parameter.move_to(self.tensors[:-1], self.tensors[-1])
 
     def is_fresh(self, parameter: Tensor) -> bool:
         """Whether the tensors hold the present values of `parameter`. Runs for every weight of every call: keep it small."""
@@ -86,7 +97,9 @@ class PackedWeight:
         """Whether its parameter is gone, so that a successor may have its buffers."""
         return self._id is None
 
-    def _quantized(self, parameter: Tensor) -> tuple[Tensor, ...]:
+    def _quantized(self, parameter: Any) -> tuple[Tensor, ...]:
+        if hasattr(parameter, "planes"):
+            return *parameter.planes, parameter.scale
         spec, fmt = self.spec, get_format(self.spec.format)
         with torch.no_grad():
             weight = parameter.detach().t() if spec.transposed else parameter.detach()
@@ -121,6 +134,8 @@ class Planes:
         self.tensors = self.weights[0].tensors
         if len(parameters) > 1:
             self._join()
+            for weight, parameter in zip(self.weights, parameters, strict=True):
+                weight.house(parameter)
 
     def belong_to(self, parameters: Sequence[Tensor]) -> bool:
         """Whether they were made from these very parameters, fresh or not."""
@@ -193,7 +208,11 @@ class WeightInput:
             self._use(packed_planes(parameters, planes.spec, [w.name for w in planes.weights], planes))
         for weight, parameter in zip(self.planes.weights, parameters, strict=True):
             if not weight.is_fresh(parameter):
+                start = time.perf_counter()
                 weight.refresh(parameter)
+                if parameter.is_cuda:
+                    torch.cuda.synchronize(parameter.device)
+                refreshed(weight.name, time.perf_counter() - start)
 
 
 def refresh(model: torch.nn.Module) -> None:

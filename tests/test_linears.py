@@ -7,7 +7,6 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fp6_compile
-from examples.decode.model import PackedLinear
 from tests.support import close, dequantized_
 
 N, K = 128, 256
@@ -291,9 +290,23 @@ def test_refused_buffer(captured):
     assert _refused(model, torch.randn(2, K).half(), captured) == "not an nn.Parameter"
 
 
+class Planes(nn.Module):
+    """A linear that calls fp6::mm itself, with planes that are buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        packed = fp6_compile.PackedTensor.quantize(torch.randn(128, 128).bfloat16())
+        self.how = (packed.spec.format, packed.spec.layout, packed.spec.group_size)
+        for name, tensor in zip(("w4", "w2", "scale"), (*packed.planes, packed.scale), strict=True):
+            self.register_buffer(name, tensor)
+
+    def forward(self, x):
+        return torch.ops.fp6.mm(x, (self.w4, self.w2), self.scale, *self.how)
+
+
 def test_planes_of_fp6_mm_are_no_weights(captured):
     """A model that is packed already has nothing left to take, and nothing that was refused."""
-    layer = PackedLinear(torch.randn(128, 128).bfloat16(), "e3m2", None)
+    layer = Planes()
     with torch.no_grad():
         torch.compile(layer, backend="fp6", fullgraph=True)(torch.randn(2, 128).bfloat16())
     assert fp6_compile.last_report().linears == ()

@@ -9,6 +9,7 @@ from torch.testing import FileCheck
 
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels import selftest
+from fp6_compile.launches import launches
 from fp6_compile.lowerings import mm as lowering
 from fp6_compile.quantize import dequantize, quantize
 from tests.deviceless.codegen import generate_modules
@@ -35,10 +36,6 @@ class Block(nn.Module):
 def wgmma(monkeypatch):
     """The self-test's answer: it cannot run on a device that is only pretended."""
     monkeypatch.setattr(selftest, "passes", lambda *problem: False)
-
-
-def launches(code: str) -> list[str]:
-    return re.findall(r"(triton_\w+)\.run\(", code)
 
 
 def split_of(kernel: str) -> int:

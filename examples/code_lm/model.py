@@ -151,10 +151,19 @@ class Attention(nn.Module):
         if past is not None:
             k = past[0].index_copy_(2, positions, k)
             v = past[1].index_copy_(2, positions, v)
-        shared = self.config.heads // self.config.kv_heads
-        k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = self._attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        shared = self.config.heads // self.config.kv_heads
+        if mask is None:
+            k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # Heads that share keys become queries of one head: the cache is neither copied nor read more than once.
+        queries = q.reshape(-1, 1, shared * q.shape[2], q.shape[3])
+        k, v = k.flatten(0, 1).unsqueeze(1), v.flatten(0, 1).unsqueeze(1)
+        y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask.repeat(shared, 1))
+        return y.view_as(q)
 
 
 class FeedForward(nn.Module):

@@ -1,116 +1,211 @@
-"""One backend in a process of its own, so that its memory is its own.
-
-The process builds and compiles, reports, and then decodes a round whenever it is asked to: two processes can take turns on a
-noisy machine.
-"""
+"""One provider: its model, its compiled prefill and step, and all that is measured of them."""
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import multiprocessing
-import sys
+import functools
+import os
+import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from examples.code_lm.model import KVCache
-from examples.decode.loop import decode, make_step
-from examples.decode.model import SIZES, build, weight_bytes
+from examples.decode import breakdown, local, lora, memory
+from examples.decode.llama import SIZES, Llama, parameter_count
+from examples.decode.loop import Forward, Sampling, State, make_prefill, make_step, run
+from examples.decode.weights import KINDS, build, weight_bytes
+
+# How weights are kept, and what compiles, by the name of a provider.
+PROVIDERS: dict[str, tuple[str, str | None]] = {
+    "eager": ("float", None),
+    "inductor": ("float", "inductor"),
+    "fp6": ("fp6", "fp6"),
+    "int8": ("int8", "inductor"),
+    "int4": ("int4", "inductor"),
+}
+WARM_UP = 2  # calls: a CUDA graph is recorded in the second
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is decoded, and by what."""
+    """What is decoded, and by what. `model` is a size of SIZES or a folder; `cache` a folder for what is compiled."""
 
-    backend: str
-    size: str
+    provider: str
+    model: str
     device: str
-    batch: int
+    dtype: str
+    prompt: int
     tokens: int
-    threads: int | None
+    steps: int = 1
+    threads: int | None = None
+    head: str | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    lora: int | None = None
     packing: dict[str, Any] = field(default_factory=dict)
+    cache: str | None = None
 
 
-class Worker:
-    """The process of one backend. `known` is what it said before decoding."""
+class Bench:
+    """One provider: its model, and for the present batch size its compiled prefill and step."""
+
+    state: State
+    cache: list[Tensor]
+    rewind: Callable[[], Any]  # to an empty cache
+    prefill: Callable[[], None]
+    step: Callable[[], None]
 
     def __init__(self, settings: Settings) -> None:
-        # Spawned: a fork would share this process's memory, and torch's threads do not survive one.
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(settings, theirs))
-        self._process.start()
-        theirs.close()  # so that a process that dies ends the wait for it
-        self.known: dict[str, Any] = self._pipe.recv()
-
-    def round(self) -> tuple[list[float], list[int]]:
-        """Seconds of every step of a round, and the tokens of its first sequence."""
-        self._pipe.send(True)
-        return self._pipe.recv()
-
-    def close(self) -> None:
-        """End the process."""
-        self._pipe.send(False)
-        self._process.join()
-
-
-def serve(settings: Settings, pipe: Connection) -> None:
-    """Run in the process: send what is known before decoding, then (seconds, tokens) of a round per message received."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    device = settings.device
-    started = time.perf_counter()
-    config, packed = SIZES[settings.size], settings.backend == "fp6"
-    model = build(config, packed=packed, dtype=torch.bfloat16, device=device, **settings.packing)
-    built = time.perf_counter()
-    cache = KVCache.allocate(config, settings.batch, settings.tokens, dtype=torch.bfloat16, device=device)
-    step = torch.compile(make_step(model, cache), backend=settings.backend, fullgraph=True)
-    decode(step, settings.batch, 3, device)
-    compiled = time.perf_counter()
-    _trim()
-    total, read = weight_bytes(model)
-    pipe.send(
-        {
-            "parameters": sum(p.numel() for p in _shapes(settings).parameters()),
+        self.settings = settings
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        if settings.cache:
+            use_cache(Path(settings.cache))
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[settings.dtype]
+        start = time.perf_counter()
+        self.model = self._build()
+        self.adapters = lora.attach(self.model, settings.lora) if settings.lora else []
+        lora.swap(self.model, lora.random_adapter(self.adapters, self.model, 0))
+        total, read = weight_bytes(self.model)
+        self.known = {
             "weight_bytes": total,
             "read_bytes": read,
-            "resident_bytes": _resident(device),
-            "build_s": round(built - started, 1),
-            "compile_s": round(compiled - built, 1),
+            "build_s": round(time.perf_counter() - start, 1),
             "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
         }
-    )
-    while pipe.recv():
-        pipe.send(decode(step, settings.batch, settings.tokens, device))
+
+    def _build(self) -> nn.Module:
+        settings, (kind, _) = self.settings, PROVIDERS[self.settings.provider]
+        how: dict[str, Any] = {"dtype": self.dtype, "device": settings.device, **settings.packing}
+        if settings.model not in SIZES:
+            return local.load(settings.model, kind, head=settings.head, **how)
+        config = SIZES[settings.model]
+        memory.check(parameter_count(config) * KINDS[kind] / 8, settings.device)
+        return build(config, kind, head=settings.head, **how)
+
+    def prepare(self, batch: int) -> dict[str, Any]:
+        """Compile for `batch` sequences, and warm up; what is known then."""
+        settings = self.settings
+        for of_last_batch in ("step", "prefill", "rewind", "cache", "state"):
+            vars(self).pop(of_last_batch, None)
+        torch._dynamo.reset()
+        memory.trim(settings.device)
+        # Rounded up, because attention kernels of GPUs want aligned masks. The last token chosen is in no cache.
+        length = -(-(settings.prompt + settings.tokens) // 16) * 16
+        forward, self.rewind, self.cache = self._cache(batch, length)
+        self.state = State(batch, length + 1, settings.sampling, settings.device)
+        prompt = torch.arange(batch * settings.prompt, device=settings.device).view(batch, -1) % 251
+        step, prefill = make_step(forward, self.state, settings.steps), make_prefill(forward, self.state)
+        start = time.perf_counter()
+        self.step, self.prefill = (
+            self._compiled(step, cuda_graph=True),
+            functools.partial(self._compiled(prefill), prompt),
+        )
+        self._run(WARM_UP)
+        taken = time.perf_counter() - start
+        memory.trim(settings.device)
+        cache_bytes = sum(tensor.nbytes for tensor in self.cache)
+        counters = torch._dynamo.utils.counters["aot_autograd"]
+        return {
+            "compile_s": round(taken, 1),
+            "cache_hits": counters["autograd_cache_hit"],
+            "cache_misses": counters["autograd_cache_miss"],
+            "kv_cache_bytes": cache_bytes,
+            "resident_bytes": memory.resident(settings.device),
+        }
+
+    def round(self) -> tuple[float, list[float], list[int]]:
+        """Seconds of a prefill, seconds a token of every step, and the tokens of the first sequence."""
+        settings = self.settings
+        prefill, seconds = self._run(settings.tokens // settings.steps)
+        chosen = self.state.chosen[0, settings.prompt : settings.prompt + settings.tokens].tolist()
+        return prefill, [taken / settings.steps for taken in seconds], chosen
+
+    def peak(self) -> int | None:
+        """The most bytes that were ever in memory: of the process on a CPU, allocated on a GPU. Building counts."""
+        return memory.peak(self.settings.device)
+
+    def kernels(self) -> float | None:
+        """Kernels that a GPU runs for a token."""
+        if self.settings.device != "cuda":
+            return None
+        self._run(1)
+        with torch.inference_mode():
+            return breakdown.kernels(self.step, self.settings.steps)
+
+    def breakdown(self, token_ms: float) -> dict[str, float]:
+        """Milliseconds of a token by what they go to. On a GPU without CUDA graphs, of which the profiler knows no shapes.
+
+        What is left of `token_ms` there, the time of a token with CUDA graphs, is between kernels.
+        """
+        settings, roles = self.settings, breakdown.roles(self.model, self.cache)
+        step = self.step
+        if settings.device == "cuda":
+            forward, self.rewind, _ = self._cache(self.state.token.shape[0], self.state.chosen.shape[1] - 1)
+            step = self._compiled(make_step(forward, self.state, settings.steps))
+        self._run(1)
+        with torch.inference_mode():
+            step()
+            parts = breakdown.measure(
+                step, roles, settings.device, settings.steps, calls=min(8, settings.tokens // settings.steps - 2)
+            )
+        if settings.device == "cuda":
+            parts[breakdown.GAPS] = round(max(0.0, token_ms - sum(parts.values())), 4)
+        return parts
+
+    def adapter(self) -> dict[str, float]:
+        """Milliseconds to swap all adapters, and to fuse them: until the next step is over, less those of a usual step."""
+        fresh = [lora.random_adapter(self.adapters, self.model, seed) for seed in range(1, 6)]
+        usual = statistics.median(self._next_step(lambda: None) for _ in fresh)
+        swapped, fused = [], []
+        for values in fresh:
+            swapped.append(self._next_step(lambda values=values: lora.swap(self.model, values)))  # type: ignore[misc]
+            fused.append(self._next_step(lambda: [lora.fuse(layer) for layer in self.adapters]))
+        return {
+            "swap_ms": round(statistics.median(swapped) - usual, 2),
+            "fuse_ms": round(statistics.median(fused) - usual, 2),
+        }
+
+    def _next_step(self, change: Callable[[], Any]) -> float:
+        self._run(1)
+        memory.synchronize(self.settings.device)
+        start = time.perf_counter()
+        change()
+        with torch.inference_mode():
+            self.step()
+        memory.synchronize(self.settings.device)
+        return (time.perf_counter() - start) * 1e3
+
+    def _run(self, calls: int) -> tuple[float, list[float]]:
+        self.rewind()
+        return run(self.prefill, self.step, calls, self.settings.device)
+
+    def _compiled(self, function: Callable[..., Any], cuda_graph: bool = False) -> Callable[..., Any]:
+        _, backend = PROVIDERS[self.settings.provider]
+        if backend is None:
+            return function
+        mode = "reduce-overhead" if cuda_graph and self.settings.device == "cuda" else None
+        return torch.compile(function, backend=backend, mode=mode, fullgraph=True, dynamic=False)
+
+    def _cache(self, batch: int, length: int) -> tuple[Forward, Callable[[], Any], list[Tensor]]:
+        """(forward, a function that empties the cache, its tensors)."""
+        model, device = self.model, self.settings.device
+        if not isinstance(model, Llama):
+            return local.static_cache(model, batch, length, self.dtype, device)
+        cache = KVCache.allocate(model.config, batch, length, dtype=self.dtype, device=device)
+        return lambda tokens, positions: model(tokens, positions, cache), lambda: None, [*cache.keys, *cache.values]
 
 
-def _trim() -> None:
-    """Give back what was freed while packing and compiling; glibc's allocator keeps it otherwise."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+def use_cache(folder: Path) -> None:
+    """Keep what is compiled in `folder` from now on; the C++ kernel, built once for a machine, stays where it is."""
+    from torch._inductor.runtime.runtime_utils import cache_dir
 
-
-def _shapes(settings: Settings) -> torch.nn.Module:
-    from examples.code_lm.model import CodeLM
-
-    with torch.device("meta"):
-        return CodeLM(SIZES[settings.size])
-
-
-def _resident(device: str) -> int | None:
-    """Bytes of this process in memory (Linux), or allocated on the device."""
-    if device == "cuda":
-        return torch.cuda.memory_allocated()
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmRSS")]
-    return int(line.split()[1]) * 1024
+    kernels = Path(cache_dir()) / "fp6_compile"
+    kernels.mkdir(parents=True, exist_ok=True)
+    if not (folder / kernels.name).exists():
+        (folder / kernels.name).symlink_to(kernels)
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

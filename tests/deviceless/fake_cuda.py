@@ -1,9 +1,10 @@
 """A pretended CUDA device: what Inductor asks of one while it compiles, answered without one.
 
-Inductor compiles for a GPU it never touches until the generated module is loaded. Up to there it asks four things,
+Inductor compiles for a GPU it never touches until the generated module is loaded. Up to there it asks five things,
 and `fake_cuda` answers them: tensors that say "cuda" (FakeTensorMode), properties of the device (a DeviceInterface and
-a few `torch.cuda` functions), a target for Triton (a driver that only names one), and a C++ device guard, which a CPU
-build of torch does not carry. Everything is put back on exit, and whatever was cached about the device is forgotten.
+a few `torch.cuda` functions), a target for Triton (a driver that only names one), a choice of attention kernel
+(attention.py), and a C++ device guard, which a CPU build of torch does not carry. Everything is put back on exit, and
+whatever was cached about the device is forgotten.
 
 Nothing runs on this device: kernels can be generated and compiled for it, not launched. See interpret.py for that.
 """
@@ -28,6 +29,7 @@ import triton
 from torch._dynamo import device_interface
 from triton.backends.compiler import GPUTarget
 
+from .attention import choose_efficient
 from .fake_tensors import ValuedFakeMode
 
 # (name, multiprocessors, shared memory a block may opt in to, registers, threads per multiprocessor, L2 bytes)
@@ -184,5 +186,6 @@ def fake_cuda(sm: int = 90) -> Iterator[ValuedFakeMode]:
         stack.enter_context(functorch_config.patch(_FUNCTORCH_CONFIG))
         stack.enter_context(dynamo_config.patch(_DYNAMO_CONFIG))
         stack.enter_context(_device_guard())
+        stack.enter_context(choose_efficient())
         forget_the_device()
         yield stack.enter_context(ValuedFakeMode(allow_non_fake_inputs=True))

@@ -1,5 +1,5 @@
-// Formats of any width, a row of the weight at a time: bytes of planes to codes, codes to floats, and a dot product with
-// each row of x. Loops that compilers vectorize, one clone for each instruction set.
+// Formats of any width, a row of the weight at a time: bytes of planes to codes, codes to floats, a dot product with each
+// row of x. Loops that compilers vectorize, one clone for each instruction set.
 #include "planes.h"
 
 #include <memory>
@@ -56,7 +56,8 @@ void add_codes(const uint8_t* plane, int64_t bytes, int taken, bool first, uint8
 
 // Value by value: the magnitude's bits as a float, whose exponent is moved by the difference of the biases; a subnormal
 // loses the implicit one that this gives it.
-FP6_WIDE_CLONES void floats_of_codes(const uint8_t* codes, int64_t count, int exponent_bits, int mantissa_bits, float* out) {
+FP6_WIDE_CLONES void floats_of_codes(const uint8_t* codes, int64_t count, int exponent_bits, int mantissa_bits,
+                                     float* out) {
   const int bits = 1 + exponent_bits + mantissa_bits, up = 23 - mantissa_bits;
   const uint32_t most = (1u << (bits - 1)) - 1, normals = 1u << mantissa_bits;
   const uint32_t bias = static_cast<uint32_t>(128 - (1 << (exponent_bits - 1))) << 23, next = bias + (1u << 23);
