@@ -1,9 +1,15 @@
-"""Everything that a GPU machine is asked for, in one command and under eight minutes: `python -m benchmarks.all`.
+"""Everything that a GPU machine is asked for, in two commands of under eight minutes each.
+
+`python -m benchmarks.all`:
 
     tests    the tests marked gpu: first the 64 codes, bit for bit, and integer products, exactly
     quick    benchmarks.linear on four weights, FP16
     linear   all weights and both dtypes at four batch sizes, as far as the time goes, resumed into the same file
-    decode   examples.decode_latency, where this checkout has it
+    decode   examples.decode_latency, its smallest size
+
+`python -m benchmarks.all decode`: examples.decode_latency, from empty caches, as far as the time goes:
+
+    8b       fp6, inductor and eager, batch 1; then 70b, fp6 alone, where its 53 GB have room; then 1b, batch 1 and 16
 
 Nothing is downloaded and nothing but torch, Triton, pytest and this checkout is used. Everything goes into one new folder
 of benchmarks/results as it comes: the output of each stage, rows as they are measured, summary.json after each stage. Failed
@@ -15,7 +21,6 @@ tests do not stop the benchmarks; the exit code is then 1, and 2 on a machine wi
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import signal
@@ -47,9 +52,31 @@ class Stage:
     must_pass: bool = False
 
 
+PYTHON = (sys.executable, "-u", "-m")
+BYTES_OF_70B = 70.6e9 * 0.77  # of weights and scales, and room for a cache
+
+
+def decode_stages(folder: Path, dry_run: bool) -> list[Stage]:
+    """Decode loops. The results of each are a file of its own, written as they come."""
+    how = ("--device", "cpu", "--tokens", "4", "--rounds", "1") if dry_run else ("--device", "cuda")
+    memory = 0 if dry_run else torch.cuda.get_device_properties(0).total_memory
+
+    def stage(size: str, seconds: float, *arguments: str) -> Stage:
+        name = f"{'stand-in_' if dry_run else ''}decode_{size}"
+        files = ("--out", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png"))
+        command = (*PYTHON, "examples.decode_latency", "--size", "tiny" if dry_run else size, *how, *files)
+        return Stage(f"decode_{size}", (*command, *arguments), seconds, must_pass=True)
+
+    # Six bits first: a stage that runs out of time keeps what it has.
+    found = [stage("8b", 215, "--backends", "fp6", "inductor", "eager")]
+    if memory > BYTES_OF_70B:
+        found.append(stage("70b", 150, "--backends", "fp6", "--once"))
+    return [*found, stage("1b", 100, "--once", "--batch", "1", "16")]
+
+
 def stages(folder: Path, dry_run: bool) -> list[Stage]:
-    """What is run, in this order."""
-    python = (sys.executable, "-u", "-m")
+    """Tests and matmuls, in this order."""
+    python = PYTHON
     files = gpu_tests()[:1] if dry_run else gpu_tests()
     tests = (*python, "pytest", "-m", "gpu", "-q", "--no-header", "-p", "no:cacheprovider", *files)
     out = str(folder / ("stand-in_linear.json" if dry_run else "linear.json"))
@@ -60,9 +87,7 @@ def stages(folder: Path, dry_run: bool) -> list[Stage]:
         Stage("quick", (*linear, "--quick", "--dtype", "fp16", "--seconds", "60"), 75, must_pass=True),
         Stage("linear", (*linear, "--resume", "--m", "1", "16", "64", "256", "--seconds", "95"), 110, must_pass=True),
     ]
-    if importlib.util.find_spec("examples.decode_latency"):
-        found.append(Stage("decode", (*python, "examples.decode_latency"), 70))
-    return found
+    return [*found, Stage("decode", (*python, "examples.decode_latency", "--once"), 70)]
 
 
 def gpu_tests() -> list[str]:
@@ -126,6 +151,7 @@ def run_all(todo: Sequence[Stage], folder: Path, about: dict[str, Any], seconds:
 def main() -> int:
     """See the module's docstring for the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="kernels", choices=["kernels", "decode"])
     parser.add_argument("--dry-run", action="store_true", help="the same wiring on the CPU; times mean nothing")
     parser.add_argument("--out", type=Path, help="a new folder for everything")
     arguments = parser.parse_args()
@@ -137,7 +163,8 @@ def main() -> int:
     name = f"{about.get('device', 'stand-in')}_{about['date']}".replace(" ", "_").replace(":", "")
     folder = arguments.out or (Path(tempfile.mkdtemp()) if arguments.dry_run else FOLDER) / name
     folder.mkdir(parents=True)
-    return run_all(stages(folder.resolve(), arguments.dry_run), folder, about)
+    todo = decode_stages if arguments.what == "decode" else stages
+    return run_all(todo(folder.resolve(), arguments.dry_run), folder, about)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Memory and time of calibrate_ on a model of a billion parameters: `python -m benchmarks.calibration`.
 
-The 1.1 B Llama shape of examples/decode (22 blocks of width 2048), random BF16 weights, in safetensors files. Each algorithm
+The 1.1 B Llama shape (22 blocks of width 2048), random BF16 weights, in safetensors files. Each algorithm
 runs in a process of its own, on a model whose parameters are on the meta device: blocks are read when their turn comes.
 
 *resident*: most anonymous memory above what the process held before, sampled every 5 ms (benchmarks/packing.py). Beside it
-stand what it is made of: the packed model, a block's 16-bit weights, and the Hessians of a block, which only GPTQ keeps.
+stand what it is made of: the packed model, a block's 16-bit weights (or the largest weight, the head), and the Hessians of a
+block, which only GPTQ keeps.
 
 A table for people, and last one line of JSON. --json writes it to a file.
 """
@@ -17,17 +18,18 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fp6_compile
 from benchmarks.cpu import environment
 from benchmarks.packing import resident_peak
 from examples.code_lm.model import CodeLM
-from examples.decode.model import SIZES, build
+from examples.decode.llama import SIZES
 from fp6_compile.algorithms import GPTQ, Algorithm, Weighted
 
 ALGORITHMS: dict[str, Algorithm] = {"weighted": Weighted(steps=16), "gptq": GPTQ()}
@@ -37,10 +39,22 @@ def write_source(folder: Path, size: str) -> None:
     """The 16-bit model in safetensors files of a block each."""
     from safetensors.torch import save_file
 
-    tensors = build(SIZES[size], packed=False, dtype=torch.bfloat16, device="cpu").state_dict()
-    for part in {name.split(".")[1] if name.startswith("layers.") else "rest" for name in tensors}:
-        names = [n for n in tensors if (n.split(".")[1] if n.startswith("layers.") else "rest") == part]
-        save_file({name: tensors[name] for name in names}, folder / f"model-{part}.safetensors")
+    with torch.device("meta"):
+        parameters = dict(CodeLM(SIZES[size]).named_parameters())
+    generator = torch.Generator().manual_seed(0)
+    files: dict[str, list[str]] = {}
+    for name in parameters:
+        files.setdefault(name.split(".")[1] if name.startswith("layers.") else "rest", []).append(name)
+    for part, names in files.items():
+        save_file({n: random(n, parameters[n].shape, generator) for n in names}, folder / f"model-{part}.safetensors")
+
+
+def random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Norms of one; embeddings and linears that keep activations near one."""
+    if len(shape) == 1:
+        return torch.ones(shape, dtype=torch.bfloat16)
+    std = 0.5 if name.startswith("embedding") else 0.5 * shape[1] ** -0.5
+    return torch.randn(shape, generator=generator).mul_(std).bfloat16()
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -55,11 +69,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     algorithm = ALGORITHMS[arguments.algorithm]
     found: dict[str, Any] = {"algorithm": repr(algorithm), "tokens": arguments.tokens}
     how = {"format": arguments.format, "group_size": arguments.group_size}
+    start = time.process_time()
     with resident_peak(found):
         report = fp6_compile.calibrate_(model, inputs, algorithm=algorithm, source=arguments.folder, **how)
+    found["cpu_seconds"] = round(time.process_time() - start, 1)
     block = [m for m in model.layers[0].modules() if isinstance(m, nn.Linear)]
     found["packed_mb"] = _mb(sum(getattr(p, "packed_bytes", p.nbytes) for p in model.parameters()))
     found["block_mb"] = _mb(sum(m.weight.nbytes for m in block))
+    found["largest_mb"] = _mb(max(line.bytes_before for line in report.linears))
     # q, k and v share one; so do gate and up.
     found["hessians_mb"] = _mb(4 * (3 * config.dim**2 + config.hidden**2)) if arguments.algorithm == "gptq" else 0
     found["linears"] = f"{len(report.taken)} of {len(report.linears)}"
@@ -86,10 +103,10 @@ def main() -> None:
             done = subprocess.run([*command, "--folder", str(folder)], check=True, stdout=subprocess.PIPE, text=True)
             rows.append(json.loads(done.stdout.splitlines()[-1]))
             print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            if arguments.json:
+                arguments.json.write_text(json.dumps({**about, "rows": rows}) + "\n")
     finally:
         shutil.rmtree(folder)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**about, "rows": rows}) + "\n")
     print(json.dumps({**about, "rows": rows}))
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import tempfile
@@ -51,7 +52,10 @@ def main(argv: list[str] | None = None) -> None:
     for batch, results in document["results"].items():
         show(f"{document['model']}, batch {batch}, {document['device_name']}", results)
     if arguments.plot:
-        draw(document, arguments.plot)
+        try:
+            draw(document, arguments.plot)
+        except (ImportError, ValueError) as error:  # the figures are still there to be printed
+            print(f"no picture: {error}")
     print(json.dumps(document))
 
 
@@ -93,7 +97,7 @@ class Providers:
         results = {name: {"error": error} for name, error in self.failed.items()}
         for name in list(self.workers):
             prefill, seconds = rounds[name]
-            more = self._guarded(name, self._more, name, statistics.median(seconds)) or {}
+            more = self._more(name, statistics.median(seconds))
             results[name] = summary({**known[name], **more}, seconds, prefill, batch, self.bandwidth)
         return results
 
@@ -136,14 +140,20 @@ class Providers:
         return taken
 
     def _more(self, name: str, p50: float) -> dict[str, Any]:
-        """What is measured after the times, so that it cannot disturb them."""
-        worker = self.workers[name]
-        more: dict[str, Any] = {"peak_bytes": worker.peak(), "kernels": worker.kernels()}
+        """What is measured after the times, so that it cannot disturb them; without what fails."""
+        worker, more = self.workers[name], dict[str, Any]()
+        asked = {"peak_bytes": worker.peak, "kernels": worker.kernels}
         if self.arguments.plot:
-            more["breakdown"] = worker.breakdown(p50 * 1e3)
+            asked["breakdown"] = functools.partial(worker.breakdown, p50 * 1e3)
         if self.arguments.lora and name not in ("int8", "int4"):
-            more |= worker.adapter()
-        return more
+            asked["adapter"] = worker.adapter
+        for what, ask in asked.items():
+            try:
+                more[what] = ask()
+            except RuntimeError as error:
+                print(f"{name}: no {what}: {error}", flush=True)
+        adapter = more.pop("adapter", {})
+        return {**more, **adapter}
 
     def _guarded(self, name: str, function: Any, *args: Any) -> Any:
         """The function's result; a provider that fails is none any more, and the others go on."""

@@ -1,8 +1,8 @@
 """Six-bit weights for torch.compile: `torch.compile(model, backend="fp6")`.
 
-    formats    E3M2, E2M3: fields, values, bias shift                     <- start here
+    formats    EeMm of 3 to 8 bits: values, bias shift                    <- start here
     quantize   weight -> codes and scales
-    algorithms weight -> codes and scales, by what the layer sees: GPTQ, clip search and others
+    algorithms weight -> codes and scales, with an eye on the layer's inputs: GPTQ and others
     packing    codes <-> canonical planes <-> device layout
     slabs      the device layouts of GPUs
     ops        fp6::dequantize, fp6::mm: what a packed weight means
@@ -18,6 +18,11 @@
     backend    all of it behind one name
     launches   which kernels a compiled graph launches
 
+What it would do, without doing it:
+
+    explanation  explain: a report for people, from tensors without values   <- start here
+    devices      GPUs by name: bandwidths, and what else decides on their code
+
 Packed models as files and objects:
 
     tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
@@ -31,7 +36,7 @@ Packed models as files and objects:
     manifest    what a checkpoint folder says, and everything that can be wrong with it
     checkpoint  save and load
     mx          OCP MXFP6 checkpoints, as AMD Quark writes them
-    cli         fp6-compile: quantize, inspect, verify
+    cli         fp6-compile: quantize, explain, inspect, verify
 
 Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
 Triton nor Inductor.
@@ -39,6 +44,7 @@ Triton nor Inductor.
 
 from fp6_compile.calibration import calibrate_
 from fp6_compile.checkpoint import load, save
+from fp6_compile.explanation import Explanation, explain
 from fp6_compile.manifest import CheckpointError
 from fp6_compile.model import quantize_
 from fp6_compile.mx import load_mx
@@ -50,12 +56,14 @@ from fp6_compile.weights import refresh
 
 __all__ = [
     "CheckpointError",
+    "Explanation",
     "LinearReport",
     "PackedTensor",
     "Refresh",
     "Report",
     "calibrate_",
     "empty_parameters",
+    "explain",
     "last_refresh",
     "last_report",
     "load",

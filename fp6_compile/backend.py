@@ -50,7 +50,7 @@ def fp6(
     """
     parsed = Options.parse(mode, options)
     on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in example_inputs)
-    patches = _inductor_patches(parsed, _ON_GPU if on_gpu else {})
+    patches = inductor_patches(parsed, on_gpu)
     lowerings.register()
     packed = PackedGraph(gm, example_inputs, parsed)
     publish(Report(tuple(packed.linears), parsed.format))
@@ -78,9 +78,9 @@ def _reset() -> None:
 fp6.reset = _reset  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
 
 
-def _inductor_patches(options: Options, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def inductor_patches(options: Options, on_gpu: bool) -> dict[str, Any]:
     """Our defaults, settings of mode and user, and our pass after the passes that the user has set."""
-    settings = dict(defaults)
+    settings: dict[str, Any] = dict(_ON_GPU) if on_gpu else {}
     for option, mode, given in (("mode", options.mode, {}), ("inductor", None, dict(options.inductor))):
         try:
             # torch's own wrapper, because it knows the modes, checks names and types, and prepares CUPTI for CUDA graphs.

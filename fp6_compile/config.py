@@ -77,6 +77,11 @@ class Options:
                 raise ValueError(f"fp6: option {key!r} got {value!r}, needs {words}")
         return cls(**{**given, "skip": tuple(given.get("skip", ()))})
 
+    def describe(self) -> str:
+        """What differs from the defaults, and always the format, for people."""
+        changed = [f for f in fields(self) if getattr(self, f.name) not in (f.default, {})]
+        return ", ".join([self.format, *(f"{f.name}={getattr(self, f.name)!r}" for f in changed if f.name != "format")])
+
     def skips(self, names: list[str]) -> str | None:
         """The first glob of `skip` that one of `names` matches."""
         return next((glob for glob in self.skip if any(fnmatchcase(name, glob) for name in names)), None)

@@ -36,7 +36,7 @@ class PackedGraph:
     """The rewritten graph `gm` of a Dynamo graph, and how its inputs follow from those that Dynamo passes.
 
     `kept` are the positions of Dynamo's inputs that it still has, `taken` the weights whose planes come after them, and
-    `linears` the lines of the report. Raises ValueError, with `strict`, for a linear that cannot be taken.
+    `lines` the lines of the report by position. Raises ValueError, with `strict`, for a linear that cannot be taken.
     """
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
@@ -45,18 +45,26 @@ class PackedGraph:
         self.gm, self._copies = _copy(gm)
         self.kept = list(range(len(example_inputs)))
         self.taken: list[WeightInput] = []
-        self._lines: dict[int, LinearReport] = {}
+        self.lines: dict[int, LinearReport] = {}
         for group in groups(self._candidates(gm)):
             if len(group) > 1 or not group[0].packed:
                 self._take(group)
-        self.linears = [self._lines[position] for position in sorted(self._lines)]
         self.gm.graph.lint()
         self.gm.recompile()
+
+    @property
+    def linears(self) -> list[LinearReport]:
+        """The lines of the report, in order."""
+        return [self.lines[position] for position in sorted(self.lines)]
+
+    def planes(self) -> list[Tensor]:
+        """The planes and scales of all weights that were taken: the last inputs of the new graph."""
+        return [tensor for weight in self.taken for tensor in weight.planes.tensors]
 
     def inputs(self) -> list[Any]:
         """Example inputs of the new graph. Packed ones are fake already: AOTAutograd would give their sizes symbols."""
         tracing = TracingContext.try_get()
-        planes = [tensor for weight in self.taken for tensor in weight.planes.tensors]
+        planes = self.planes()
         if tracing is not None and tracing.fake_mode is not None:
             planes = [tracing.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in planes]
         return [self.example_inputs[position] for position in self.kept] + planes
@@ -67,7 +75,7 @@ class PackedGraph:
             packed = getattr(value, "_local_tensor", value)  # a DTensor's
             weight = find_weight(node)
             if isinstance(packed, PackedTensor):
-                self._lines[position] = _packed_already(node, packed)
+                self.lines[position] = _packed_already(node, packed)
             if weight is None or not _is_static(node, value):
                 continue
             candidate = Candidate(position, weight, value, module_names(weight))
@@ -89,7 +97,7 @@ class PackedGraph:
         value = candidate.value
         shape = tuple(value.shape[::-1]) if candidate.orientations == [True] else tuple(value.shape)
         line = LinearReport(candidate.names[0], shape, value.dtype, value.nbytes, size, **reason_or_note)
-        self._lines[candidate.position] = line
+        self.lines[candidate.position] = line
 
     def _take(self, group: list[Candidate]) -> None:
         """Pack a group of weights side by side, and put `fp6::dequantize` before every linear that reads them."""
@@ -117,6 +125,9 @@ class PackedGraph:
         fmt = self._format(group, transposed)
         layout = first.packed.layout if first.packed else layout_for(value.device, value.dtype, fmt)
         spec = PackSpec(fmt.name, how.group_size, self.options.scale, layout, transposed, value.device)
+        return self._planes_of(group, spec)
+
+    def _planes_of(self, group: list[Candidate], spec: PackSpec) -> Planes:
         return packed_planes([c.value for c in group], spec, [c.names[0] for c in group])
 
     def _format(self, group: list[Candidate], transposed: bool) -> Format:

@@ -245,6 +245,6 @@ def _source(placeholder: Node) -> str:
 
 def _path(source: str) -> str:
     """`model.layers.0.fc.weight` from a source's or a module stack's text."""
-    inner = re.sub(r"^[LG]\['\w+'\]", "", source)
+    inner = re.sub(r"^[LG]\['\w+'\]", "", source).replace(".__dict__['_modules']", "._modules")
     inner = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", inner)
     return re.sub(r"\[(?:'([^']+)'|(\d+))\]", lambda m: "." + (m[1] or m[2]), inner).strip(".")

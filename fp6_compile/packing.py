@@ -73,6 +73,21 @@ def unpack(planes: Sequence[Tensor], fmt: Format, layout: str, n: int, k: int) -
     return codes[:n, :k]
 
 
+class Rows:
+    """Planes of n rows in a layout, filled block by block."""
+
+    def __init__(self, n: int, layout: str) -> None:
+        self.n, self.per_index = n, rows_per_index(layout)
+        self.tensors: list[Tensor] = []
+
+    def put(self, rows: slice, planes: Sequence[Tensor]) -> None:
+        """The planes of some rows, which begin where an index begins."""
+        count = -(-self.n // self.per_index)
+        self.tensors = self.tensors or [plane.new_empty(count, *plane.shape[1:]) for plane in planes]
+        for tensor, plane in zip(self.tensors, planes, strict=True):
+            tensor[rows.start // self.per_index : -(-rows.stop // self.per_index)] = plane
+
+
 def plane_names(fmt: Format) -> tuple[str, ...]:
     """What the planes of `fmt` are called, in the order of `pack`: w4 and w2 for six bits."""
     return tuple(f"w{width}" for width in fmt.planes)

@@ -71,7 +71,8 @@ def quantize(
         group_size: inputs that share a scale; any positive number (the last group may be short), or None for the row.
         scale: "absmax" (largest magnitude lands on `fmt.max`) or "mse" (of some multiples of that scale, the one with the
             least squared error in each group).
-        importance: [K], for "mse": how much the squared error of each input's weights counts; None: all the same.
+        importance: for "mse": how much the squared error of each input's weights counts, [K], or of each pair of inputs'
+            weights in a group, [K, K] (e H e^T instead of the sum of h_k e_k^2); None: all the same.
         ratios: for "mse": the multiples; the first wins where several are as good.
 
     Returns:
@@ -86,7 +87,7 @@ def quantize(
     groups = -(-k // size)
     codes = weight.new_empty(n, k, dtype=torch.uint8)
     scales = weight.new_empty(groups, n, dtype=torch.float32)
-    counts = None if importance is None else _grouped(importance.float(), groups, size)
+    counts = None if importance is None else _importance(importance.float(), groups, size)
     for rows in row_blocks(n, k, weight.device):
         w = _grouped(weight[rows].float(), groups, size)
         s = _absmax_scale(w, fmt) if scale == "absmax" else _mse_scale(w, fmt, counts, ratios)
@@ -160,12 +161,27 @@ def _absmax_scale(w: Tensor, fmt: Grid) -> Tensor:
 
 
 def _mse_scale(w: Tensor, fmt: Grid, importance: Tensor | None, ratios: Sequence[float]) -> Tensor:
-    """As `_absmax_scale`; importance [G, size]."""
+    """As `_absmax_scale`; importance as from `_importance`."""
     absmax = _absmax_scale(w, fmt)
     best, least = absmax, torch.full_like(absmax, torch.inf)
     for ratio in ratios:
         s = absmax * ratio
-        error = fmt.round(w / s).mul_(s).sub_(w).square_()
-        error = (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)
+        error = _norm(fmt.round(w / s).mul_(s).sub_(w), importance)
         best, least = torch.where(error < least, s, best), torch.minimum(error, least)
     return best
+
+
+def _importance(importance: Tensor, groups: int, size: int) -> Tensor:
+    """[K] as [G, size]; [K, K] as its blocks on the diagonal, [G, size, size]."""
+    if importance.dim() == 1:
+        return _grouped(importance, groups, size)
+    rows = _grouped(_grouped(importance, groups, size).flatten(1).T, groups, size)  # [G size, G, size]
+    return rows.unflatten(0, (groups, size)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+
+def _norm(error: Tensor, importance: Tensor | None) -> Tensor:
+    """[rows, G, 1]: squared errors of [rows, G, size], which may be overwritten, as much as they count."""
+    if importance is not None and importance.dim() == 3:
+        return (torch.einsum("rgi,gij->rgj", error, importance) * error).sum(-1, keepdim=True)
+    error = error.square_()
+    return (error if importance is None else error.mul_(importance)).sum(-1, keepdim=True)

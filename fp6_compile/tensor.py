@@ -27,7 +27,7 @@ from torch import Tensor
 from fp6_compile import dispatch, lowerings, ops  # noqa: F401  (ops defines fp6::mm)
 from fp6_compile.formats import AUTO, get_format
 from fp6_compile.kernels.cpu import quantize as cpu
-from fp6_compile.packing import CPU, PLANES, layout_for, pack, plane_names, rows_per_index, unpack
+from fp6_compile.packing import CPU, PLANES, Rows, layout_for, pack, plane_names, rows_per_index, unpack
 from fp6_compile.quantize import check_finite, choose_format, quantize, row_blocks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,7 +92,7 @@ class PackedTensor(Tensor):
         if layout == CPU and scale == "absmax" and (fast := cpu.quantize(weight, fmt, group_size)):
             return cls(fast[:2], fast[2], spec)
         n, k = weight.shape
-        planes, scales = _Rows(n, layout), []
+        planes, scales = Rows(n, layout), []
         for rows in row_blocks(n, k, weight.device, rows_per_index(layout)):
             try:
                 codes, s = quantize(weight[rows], fmt, group_size, scale)
@@ -102,6 +102,18 @@ class PackedTensor(Tensor):
             planes.put(rows, pack(codes, fmt, layout))
             scales.append(s)
         return cls(planes.tensors, torch.cat(scales, 1), spec)
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, format: str, group_size: int | None, dtype: torch.dtype
+    ) -> PackedTensor:
+        """From codes [N, K] (uint8) and scales [G, N] (float32), in the layout of their device."""
+        fmt, (n, k) = get_format(format), codes.shape
+        layout = layout_for(codes.device, dtype, fmt)
+        planes = Rows(n, layout)
+        for rows in row_blocks(n, k, codes.device, rows_per_index(layout)):
+            planes.put(rows, pack(codes[rows], fmt, layout))
+        return cls(planes.tensors, scale, Spec(format, layout, group_size, k, dtype))
 
     @classmethod
     def from_planes(
@@ -140,7 +152,7 @@ class PackedTensor(Tensor):
         fmt, spec, n = get_format(self.spec.format), self.spec, self.scale.shape[1]
         if (fast := cpu.repack(self.planes, spec.layout, layout, n, spec.k)) is not None:
             return PackedTensor(fast, self.scale, spec._replace(layout=layout))
-        planes, per_index = _Rows(n, layout), rows_per_index(spec.layout)
+        planes, per_index = Rows(n, layout), rows_per_index(spec.layout)
         for rows in row_blocks(n, spec.k, self.device, max(per_index, rows_per_index(layout))):
             block = [plane[rows.start // per_index : -(-rows.stop // per_index)] for plane in self.planes]
             planes.put(rows, pack(unpack(block, fmt, spec.layout, rows.stop - rows.start, spec.k), fmt, layout))
@@ -215,21 +227,6 @@ class PackedTensor(Tensor):
         canonical = self.repack(PLANES)
         is_parameter = isinstance(self, torch.nn.Parameter)
         return _rebuild, (canonical.planes, self.scale, tuple(canonical.spec), is_parameter)
-
-
-class _Rows:
-    """Planes of n rows in a layout, filled block by block."""
-
-    def __init__(self, n: int, layout: str) -> None:
-        self.n, self.per_index = n, rows_per_index(layout)
-        self.tensors: list[Tensor] = []
-
-    def put(self, rows: slice, planes: Sequence[Tensor]) -> None:
-        """The planes of some rows, which begin where an index begins."""
-        count = -(-self.n // self.per_index)
-        self.tensors = self.tensors or [plane.new_empty(count, *plane.shape[1:]) for plane in planes]
-        for tensor, plane in zip(self.tensors, planes, strict=True):
-            tensor[rows.start // self.per_index : -(-rows.stop // self.per_index)] = plane
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -128,9 +128,11 @@ class Planes:
     Rows of all weights but the last must fill whole indices of the layout (packing.rows_per_index).
     """
 
+    made_of: type[PackedWeight] = PackedWeight
+
     def __init__(self, parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str]) -> None:
         self.spec = spec
-        self.weights = [PackedWeight(parameter, spec, name) for parameter, name in zip(parameters, names, strict=True)]
+        self.weights = [self.made_of(parameter, spec, name) for parameter, name in zip(parameters, names, strict=True)]
         self.tensors = self.weights[0].tensors
         if len(parameters) > 1:
             self._join()

@@ -330,3 +330,20 @@ def test_round_is_decode_of_encode(grid):
     before = values.clone()
     assert torch.equal(grid.round(values), grid.decode(grid.encode(values)))
     assert torch.equal(values, before)
+
+
+@formats
+@pytest.mark.parametrize("group_size", [None, 32, 7])
+def test_the_hessian_weighs_pairs_of_inputs_in_a_group(fmt, group_size):
+    """The objective, with the inputs themselves: each group's part of the output, as if the others were exact."""
+    w, x = _layer(2)
+    stats = Statistics.of(x, hessian=True)
+    rtn, weighted, found = (
+        a(w, fmt, group_size, stats).dequantize() for a in (RTN(), Weighted(steps=8), Weighted(steps=8, hessian=True))
+    )
+    size = group_size or 80
+    parts = [slice(i, i + size) for i in range(0, 80, size)]
+    errors = [[_error(w[:, p], q[:, p], x[:, p]) for p in parts] for q in (rtn, weighted, found)]
+    for lost in errors[:2]:
+        assert all((mine <= other * (1 + 1e-4) + 1e-9).all() for mine, other in zip(errors[2], lost, strict=True))
+    assert sum(e.sum() for e in errors[2]) < sum(e.sum() for e in errors[1])

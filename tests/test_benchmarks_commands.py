@@ -3,12 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import all as everything
 from benchmarks import environment, linear, tune
+from examples.decode.arguments import parse
 from fp6_compile.kernels import device, launch
 from fp6_compile.kernels.config import Config, config_for
 
@@ -86,6 +88,21 @@ def test_what_is_run_fits_into_eight_minutes(tmp_path):
     assert everything.SECONDS + everything.KILL_AFTER <= 480 - 10
     assert {"tests/test_kernels_gpu.py", "tests/test_backend_gpu.py"} <= set(everything.gpu_tests())
     assert all((environment.ROOT / path).exists() for path in everything.gpu_tests())
+
+
+@pytest.mark.parametrize(("gigabytes", "sizes"), [(141, ["8b", "70b", "1b"]), (24, ["8b", "1b"])])
+def test_decode_fits_into_eight_minutes_and_70b_where_it_has_room(gigabytes, sizes, tmp_path, monkeypatch):
+    properties = SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    todo = everything.decode_stages(tmp_path, dry_run=False)
+    assert [each.name for each in todo] == [f"decode_{size}" for size in sizes]
+    assert sum(each.seconds for each in todo) <= everything.SECONDS
+    for each in todo:
+        given, settings = parse(list(each.command[4:]))
+        assert given.alone
+        assert str(given.out) == str(tmp_path / f"{each.name}.json")
+        assert {each.device for each in settings} == {"cuda"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU is told")

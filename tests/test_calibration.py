@@ -234,7 +234,7 @@ def test_extras_compile_without_graph_breaks(with_extras, captured):
     compiled = torch.compile(with_extras, backend="fp6", fullgraph=True)
     with torch.no_grad():
         close(compiled(INPUTS[0]), with_extras(INPUTS[0]), roundings=16)
-    assert captured.targets().count("fp6.mm") == 8
+    assert captured.targets().count("fp6.mm") == 6, "gates and ups are packed side by side"
     assert copy.deepcopy(with_extras).head.low_rank_a.shape == (DIM, 4)
 
 

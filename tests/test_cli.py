@@ -175,3 +175,20 @@ def test_entry_point():
         1,
         "fp6: nowhere is not a checkpoint: cannot read fp6.json: No such file or directory\n",
     )
+
+
+def test_explain(source, packed, tmp_path, capsys):
+    """Of a folder as it is, and packed; with a page and as JSON."""
+    page = tmp_path / "page.html"
+    assert cli.main(["explain", str(source), "--device", "4090", "--html", str(page)]) == 0
+    out = capsys.readouterr().out
+    assert "on RTX 4090: nothing was run" in out
+    assert "8 of 8 taken" in out
+    assert "hold: all of the call" in out
+    assert page.read_text().startswith("<!doctype html>")
+    assert cli.main(["explain", str(packed), "--device", "4090", "--context", "256", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [x["format"] for x in data["linears"]].count("e2m3") == 6
+    assert 2 * 256 * 2 * 64 * 2 <= data["traffic"]["inputs"] <= 2 * 256 * 2 * 64 * 2 + 100
+    assert cli.main(["explain", str(source), "--device", "4091"]) == 2
+    assert "known names are" in capsys.readouterr().err

@@ -133,9 +133,10 @@ def test_roles_of_kernels_by_the_shapes_of_their_inputs():
     mm = _event("fp6::mm", [[1, 128], [], [], [1, 768]], us=7000.0)
     events = [
         _event("triton_tem_fused_mm_3", [[1, 384], *planes, [1, 128]], kernels=[2000.0]),
-        _event("aten::mm", [[1, 128], [128, 256]], kernels=[500.0, 500.0]),
+        _event("aten::mm", [[1, 128], [128, 256], [1, 256]], kernels=[500.0, 500.0]),
         _event("triton_poi_fused_2", [[1, 128]], kernels=[250.0]),
-        _event("aten::_scaled_dot_product", [[1, 2, 2, 32], list(cache.keys[0].shape)], kernels=[125.0]),
+        _event("aten::_scaled_dot_product_efficient_attention", [[2, 1, 2, 32], [2, 1, 9, 32]], kernels=[100.0]),
+        _event("triton_poi_fused_3", [[1, 256], list(cache.keys[0].shape)], kernels=[25.0]),
         _event("cudaLaunchKernel", [], us=9000.0),
         _event("kernel", [], device=DeviceType.CUDA),
     ]
@@ -188,7 +189,8 @@ def test_the_command_ends_with_one_line_of_json(small, captured, capfd, tmp_path
         assert results.keys() == {"eager", "fp6"}
         assert "error" not in str(results), printed
         assert results["fp6"]["weight_bytes"] < 0.6 * results["eager"]["weight_bytes"]
-        assert all(result["ms_p50"] > 0 and result["swap_ms"] is not None for result in results.values())
+        assert all(result["ms_p50"] > 0 and {"swap_ms", "fuse_ms"} <= result.keys() for result in results.values())
+        assert all("adapter" not in result for result in results.values())
         assert results["fp6"]["breakdown"]["gate_up"] > 0
         assert results["fp6"]["compile_cold_s"] >= 0
     assert results["eager"]["kv_cache_bytes"] == 2 * document["results"]["1"]["eager"]["kv_cache_bytes"]
@@ -202,13 +204,21 @@ def test_a_provider_that_fails_does_not_stop_the_others(small, captured, capfd, 
             raise RuntimeError("CUDA out of memory")
         return Bench.prepare(self, batch)
 
+    def breakdown(self, token_ms):
+        raise RuntimeError("the profiler is busy")
+
     monkeypatch.setattr(InProcess, "prepare", prepare)
+    monkeypatch.setattr(InProcess, "breakdown", breakdown)
     backends = ["--backends", "eager", "inductor", "--once"]
-    decode_latency.main(["--device", "cpu", "--tokens", "4", "--rounds", "1", "--prompt", "2", *backends])
+    decode_latency.main(
+        ["--device", "cpu", "--tokens", "4", "--rounds", "1", "--prompt", "2", *backends, "--plot", "x"]
+    )
     printed = capfd.readouterr().out
     results = json.loads(printed.splitlines()[-1])["results"]["1"]
     assert results["inductor"] == {"error": "CUDA out of memory"}
     assert results["eager"]["ms_p50"] > 0
+    assert "eager: no breakdown: the profiler is busy" in printed
+    assert "no picture: plot: the document has no breakdown" in printed
     assert "inductor: not measured: CUDA out of memory" in printed
 
 
@@ -221,6 +231,7 @@ def test_a_worker_measures_in_a_process_of_its_own_and_says_why_it_fails():
     assert len(seconds) == len(tokens) == 3
     with pytest.raises(RuntimeError, match="TypeError: .*batch"):
         worker.prepare()
+    assert len(worker.round()[1]) == 3  # and goes on
     worker.close()
 
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "fp6_compile"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up; a room imports its own floor and those below.
 FLOORS = [
-    {"formats", "launches"},
+    {"formats", "launches", "devices"},
     {"slabs"},
     {"packing", "quantize"},
     {"algorithms", "config", "kernels"},
@@ -19,7 +19,7 @@ FLOORS = [
     {"merging"},
     {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank", "places"},
     {"backend", "model", "manifest"},
-    {"calibration", "checkpoint", "mx", "sensitivity"},
+    {"calibration", "checkpoint", "mx", "sensitivity", "explanation"},
     {"cli"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}

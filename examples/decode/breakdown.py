@@ -1,8 +1,8 @@
 """Where the time of a token goes: the matmuls by what they are for, attention, and the rest.
 
 An operator or kernel belongs to a linear if one of its inputs has the shape of that linear's weight, or of a tensor that the
-weight is made of; to attention if one has the shape of the cache. The profiler records the shapes. On a CPU, loops that
-Inductor generated are not among what it sees: they are in the rest.
+weight is made of; to attention if its name says so, or an input has the shape of the cache. The profiler records the shapes.
+On a CPU, loops that Inductor generated are not among what it sees: they are in the rest.
 """
 
 from __future__ import annotations
@@ -52,8 +52,10 @@ def split(events: Iterable[Any], known: Roles, *, cuda: bool) -> dict[str, float
 def _role(event: Any, known: Roles) -> str:
     """Of the event, or of the operator that it is a part of."""
     shapes = [tuple(shape) for shape in event.input_shapes or () if shape and isinstance(shape[0], int)]
-    if event.name in ("aten::mm", "aten::addmm") and len(shapes) > 1:
-        shapes = [shapes[-1][::-1]]  # x [M, K] and the weight as [K, N]
+    if "attention" in event.name:
+        return ATTENTION
+    if event.name in ("aten::mm", "aten::addmm"):
+        shapes = [shape[::-1] for shape in shapes]  # the weight is [K, N]
     elif event.name == "fp6::mm" and len(shapes) > 1:
         shapes.append(
             (shapes[-1][-1], shapes[0][-1])

@@ -38,7 +38,8 @@ def draw(document: dict[str, Any], path: Path) -> None:
         axis.barh(range(len(bars)), widths, left=left, color=colour, label=role, height=0.68)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for place, total in enumerate(left):
-        axis.annotate(f"{total:.3g}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        label = f"{total:.0f}" if total >= 100 else f"{total:.3g}"
+        axis.annotate(label, (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axis.set_yticks(range(len(bars)), [label for label, _ in bars], fontsize=9)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.1 * max(left))
@@ -61,8 +62,7 @@ def _colours(parts: list[dict[str, float]]) -> dict[str, str]:
 
 def _title(document: dict[str, Any]) -> str:
     where = document.get("device_name") or document["device"]
-    threads = f", {document['threads']} thread(s)" if document["device"] == "cpu" else ""
-    return f"Where a token's time goes: {document['model']}, {where}{threads}\ntorch {document['torch']}, {document['date']}"
+    return f"Where a token's time goes: {document['model']}, {where}\ntorch {document['torch']}, {document['date']}"
 
 
 if __name__ == "__main__":

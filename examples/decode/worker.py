@@ -60,12 +60,19 @@ class Worker:
 
 def serve(settings: Settings, pipe: Connection) -> None:
     """Run in the process: a Bench, and an answer (whether it failed, result) to building it and to every call received."""
+    bench = _answer(pipe, lambda: Bench(settings), lambda bench: bench.known)
+    while bench is not None and (message := pipe.recv()) is not None:
+        method, args = message
+        _answer(pipe, lambda method=method, args=args: getattr(bench, method)(*args))  # type: ignore[misc]
+
+
+def _answer(pipe: Connection, function: Callable[[], Any], known: Callable[[Any], Any] = lambda result: result) -> Any:
     try:
-        bench = Bench(settings)
-        pipe.send((False, bench.known))
-        while (message := pipe.recv()) is not None:
-            method, args = message
-            pipe.send((False, getattr(bench, method)(*args)))
+        result = function()
+        pipe.send((False, known(result)))
     except Exception as error:
         traceback.print_exc()
-        pipe.send((True, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"))
+        lines = str(error).strip().splitlines()
+        pipe.send((True, f"{type(error).__name__}: {lines[0] if lines else ''}"))
+        return None
+    return result

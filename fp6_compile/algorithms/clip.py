@@ -41,13 +41,21 @@ class Clip:
 
 @dataclass(frozen=True)
 class Weighted(Clip):
-    """As Clip, the error weighted by E[x_k^2]; a dead input's weights do not count. Without statistics: Clip."""
+    """As Clip, the error weighted by E[x_k^2]; a dead input's weights do not count. Without statistics: Clip.
 
-    needs = Needs.MOMENTS
+    `hessian`: weighted by E[x x^T] instead, as far as inputs share a group: for one group, the output's error itself.
+    """
+
+    hessian: bool = False
+
+    @property
+    def needs(self) -> Needs:  # type: ignore[override]
+        """Moments, or the Hessian."""
+        return Needs.HESSIAN if self.hessian else Needs.MOMENTS
 
     def __call__(
         self, weight: Tensor, grid: Grid, group_size: int | None, stats: Statistics | None = None
     ) -> Quantized:
         """See interface.Algorithm."""
-        importance = None if stats is None else stats.second_moment
+        importance = None if stats is None else stats.hessian() if self.hessian else stats.second_moment
         return Quantized(grid, group_size, *quantize(weight, grid, group_size, "mse", importance, self.ratios()))

@@ -93,16 +93,14 @@ def _invert_(lower: Tensor) -> Tensor:
 
 def _feed_back(w: Tensor, scale: Tensor, factor: Tensor, grid: Grid) -> Tensor:
     """Codes [K, N] of w [K, N], which is overwritten, from the last input to the first; scale [K, N]."""
-    codes = torch.empty_like(w, dtype=torch.uint8)
     for end in range(len(w), 0, -_BLOCK):
         begin = max(end - _BLOCK, 0)
         errors = w.new_empty(end - begin, w.shape[1])
         for k in reversed(range(begin, end)):
-            codes[k] = grid.encode(w[k] / scale[k])
-            errors[k - begin] = (w[k] - grid.decode(codes[k]) * scale[k]) / factor[k, k]
+            torch.sub(w[k], grid.round(w[k] / scale[k]).mul_(scale[k]), out=errors[k - begin]).div_(factor[k, k])
             w[begin:k].addr_(factor[k, begin:k], errors[k - begin], alpha=-1)
         w[:begin].addmm_(factor[begin:end, :begin].T, errors, alpha=-1)
-    return codes
+    return grid.encode(w / scale)  # what each weight was when its turn came
 
 
 def _groups(columns: Tensor, group_size: int | None) -> Tensor:

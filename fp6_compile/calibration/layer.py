@@ -9,7 +9,6 @@ from fp6_compile.algorithms import Algorithm, Quantized
 from fp6_compile.calibration.collect import Collector
 from fp6_compile.formats import FORMATS
 from fp6_compile.lowrank import FACTORS, grow
-from fp6_compile.packing import PLANES, pack
 from fp6_compile.places import Place
 from fp6_compile.quantize import Grid
 from fp6_compile.report import LinearReport
@@ -57,8 +56,7 @@ def _weight(found: Quantized, dtype: torch.dtype) -> Tensor:
     name = found.grid.name
     if FORMATS.get(name) != found.grid or found.offset is not None:
         return found.dequantize(dtype)
-    planes = pack(found.codes, FORMATS[name], PLANES)
-    return PackedTensor.from_planes(planes, found.scale, name, found.group_size, found.codes.shape[1], dtype)
+    return PackedTensor.from_codes(found.codes, found.scale, name, found.group_size, dtype)
 
 
 def _add_extras(place: Place, found: Quantized) -> dict[str, Tensor]:

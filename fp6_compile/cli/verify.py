@@ -1,0 +1,58 @@
+"""The command that checks a packed folder."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch import Tensor
+
+from fp6_compile.cli.table import table
+from fp6_compile.formats import get_format
+from fp6_compile.manifest import Manifest
+from fp6_compile.packing import PLANES, unpack
+from fp6_compile.quantize import dequantize
+from fp6_compile.report import progress
+from fp6_compile.storage import folder_entries, read
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """Check sizes, hashes, shapes, dtypes and scales. With --against, compare with the 16-bit folder: every code must be the
+    nearest to its weight, and every other tensor the same."""
+    manifest = Manifest.read(arguments.folder)
+    print(f"{arguments.folder}: whole, {len(manifest.weights)} packed weights, {len(manifest.plain)} other tensors")
+    if arguments.against is None:
+        return 0
+    originals = folder_entries(arguments.against)
+    rows, bad = [("weight", "SQNR dB", "verdict")], 0
+    for name in progress([*manifest.weights, *manifest.plain], "fp6: verifying"):
+        entry = originals.get(name)
+        if entry is None:
+            verdict, noise = "not in SRC", None
+        else:
+            verdict, noise = _compare(manifest, name, next(read([entry]))[1])
+        optional = entry is None and name in manifest.plain  # buffers that no checkpoint has
+        bad += verdict != "same" and not optional
+        if name in manifest.weights or (verdict != "same" and not optional):
+            rows.append((name.removesuffix(".weight"), "" if noise is None else f"{noise:.2f}", verdict))
+    table(rows)
+    print(f"\n{bad} differ" if bad else "\nall match")
+    return 1 if bad else 0
+
+
+def _compare(manifest: Manifest, name: str, original: Tensor) -> tuple[str, float | None]:
+    if name in manifest.plain:
+        (_, mine), *_ = read([manifest.plain[name]])
+        same = mine.shape == original.shape and torch.equal(mine, original.to(mine.dtype))
+        return "same" if same else "differs", None
+    weight = manifest.weights[name]
+    if tuple(original.shape) != tuple(weight.shape) or not original.is_floating_point():
+        return f"SRC has {original.dtype} {list(original.shape)}", None
+    *planes, scale = (t for _, t in read(manifest.entries[f"{name}.{suffix}"] for suffix in weight.tensors()))
+    fmt, original = get_format(weight.format), original.float()
+    codes = unpack(planes, fmt, PLANES, *weight.shape)
+    per_weight = scale.T.repeat_interleave(weight.group_size or weight.shape[1], 1)[:, : weight.shape[1]]
+    nearest = torch.equal(fmt.encode(original / per_weight), codes)
+    error = dequantize(codes, scale, fmt, weight.group_size, torch.float32) - original
+    noise = float(10 * torch.log10(original.square().sum() / error.square().sum()))
+    return "same" if nearest else "codes are not the nearest", noise

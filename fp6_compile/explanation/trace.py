@@ -1,0 +1,197 @@
+"""What torch.compile would make of a call: its graphs, linears, launches and graph breaks, without running any of it.
+
+Dynamo, the search for linears, AOTAutograd, the pass and Inductor's code generation are the real ones. They see fakes
+(fakes.py), and weights are packed in shape only; their values are asked for nothing but their error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import GraphModule
+
+from fp6_compile import lowerings
+from fp6_compile.backend import inductor_patches
+from fp6_compile.config import Options
+from fp6_compile.explanation.error import sqnr
+from fp6_compile.explanation.fakes import Fakes
+from fp6_compile.explanation.traffic import Traffic, traffic
+from fp6_compile.formats import AUTO, Format, get_format
+from fp6_compile.graph import PackedGraph
+from fp6_compile.launches import launches
+from fp6_compile.merging import Candidate
+from fp6_compile.packing import pack
+from fp6_compile.report import LinearReport
+from fp6_compile.tensor import PackedTensor
+from fp6_compile.weights import PackedWeight, PackSpec, Planes
+
+
+@dataclass
+class Step:
+    """What the graphs of one call do, added up; a graph that runs for several layers counts as often."""
+
+    graphs: int = 0
+    launches: list[str] = field(default_factory=list)
+    obstacles: list[str] = field(default_factory=list)
+    partitions: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    traffic: Traffic = field(default_factory=Traffic)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A weight that a matmul reads: its names in the model, its line, what it is packed as, and its error in dB."""
+
+    names: tuple[str, ...]
+    line: LinearReport
+    format: str | None
+    sqnr: float | None
+
+
+class Trace:
+    """A backend for torch.compile that notes what the backend fp6 would do, and computes with fakes.
+
+    `found` has each weight once, in the order of running.
+    """
+
+    def __init__(self, fakes: Fakes, model: nn.Module, options: Options, unknown: str | None = None) -> None:
+        self.options = options
+        self.unknown = unknown  # why no code can be generated
+        self.found: dict[int, Found] = {}
+        self.step = Step()
+        self._fakes = fakes
+        patches = inductor_patches(options, fakes.device.type == "cuda")
+        self.asks_for_cuda_graphs = bool(patches.get("triton.cudagraphs"))
+        self._patches = {**patches, "triton.cudagraphs": True}
+        self._names: dict[int, list[str]] = {}
+        for name, tensor in _tensors(model):
+            self._names.setdefault(id(tensor), []).append(name)
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Note what would be generated for a graph of Dynamo's; its calls compute fakes, and are noted, too."""
+        packed = _ShapedGraph(gm, example_inputs, self.options, self._fakes)
+        inputs = packed.inputs()
+        kept = [example_inputs[position] for position in packed.kept]
+        read = traffic(packed.gm.graph, kept, packed.planes(), set(self._names))
+        generated = self._generate(packed, inputs)
+
+        def run(*args: Any) -> Any:
+            self._add(generated, read)
+            for position, line in sorted(packed.lines.items()):
+                self._find(args[position], line, packed)
+            return gm(*args)
+
+        return run
+
+    def _generate(self, packed: PackedGraph, inputs: Sequence[Any]) -> Step:
+        if self.unknown is not None:
+            return Step()
+        from fp6_compile.lowerings.capture import Capture
+
+        lowerings.register()
+        capture = Capture()
+        try:
+            with torch.no_grad():  # a backward pass asks for a device even to be traced
+                capture.compile(packed.gm, inputs, self._patches)
+        except (
+            Exception
+        ) as error:  # whatever Inductor stumbles over on a device that is not there: the rest still holds
+            return Step(failures=[f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"])
+        step = Step()
+        for module in capture.generated:
+            step.launches += launches(module.code)
+            step.obstacles += [module.obstacle] if module.obstacle else []
+            step.partitions += module.partitions
+        return step
+
+    def _add(self, graph: Step, read: Traffic) -> None:
+        for name in ("launches", "obstacles", "partitions", "failures"):
+            getattr(self.step, name).extend(getattr(graph, name))
+        self.step.graphs += 1
+        self.step.traffic += read
+
+    def _find(self, value: Tensor, line: LinearReport, packed: _ShapedGraph) -> None:
+        if id(value) in self.found:
+            return
+        names = tuple(self._names.get(id(value), [line.name]))
+        spec = packed.specs.get(line.name)
+        if isinstance(value, PackedTensor):
+            self.found[id(value)] = Found(names, line, value.spec.format, None)
+        elif not line.taken or spec is None:
+            self.found[id(value)] = Found(names, line, None, None)
+        else:
+            self.found[id(value)] = Found(names, line, spec.format, packed.error_of(value, spec))
+
+
+class _ShapedGraph(PackedGraph):
+    """With weights that are packed in shape only. Values, where there are any, are measured and may refuse to be packed."""
+
+    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options, fakes: Fakes) -> None:
+        self.specs: dict[str, PackSpec] = {}
+        self._fakes = fakes
+        self._errors: dict[int, float | None] = {}
+        super().__init__(gm, example_inputs, options)
+
+    def error_of(self, fake: Tensor, spec: PackSpec) -> float | None:
+        """The error of a weight in dB; None where its values are not known."""
+        if id(fake) not in self._errors:
+            real = self._fakes.real(fake)
+            known = real is not None and not real.is_meta and not isinstance(real, PackedTensor)
+            with unset_fake_temporarily():
+                self._errors[id(fake)] = sqnr(real, spec) if known and real is not None else None
+        return self._errors[id(fake)]
+
+    def _format(self, group: list[Candidate], transposed: bool) -> Format:
+        """By the weights' values if format="auto" asks for them; the first that it would try where they are not known."""
+        reals = [self._fakes.real(candidate.value) for candidate in group]
+        known = [
+            replace(c, value=real)
+            for c, real in zip(group, reals, strict=True)
+            if real is not None and not real.is_meta
+        ]
+        if len(known) < len(group):
+            return get_format(AUTO[0]) if self.options.format == "auto" else super()._format(group, transposed)
+        with unset_fake_temporarily():
+            return super()._format(known, transposed)
+
+    def _planes_of(self, group: list[Candidate], spec: PackSpec) -> Planes:
+        for candidate in group:
+            self.specs[candidate.names[0]] = spec
+            try:
+                self.error_of(candidate.value, spec)
+            except ValueError as error:
+                raise ValueError(f"fp6: cannot quantize {candidate.names[0]}: {error}") from error
+        return _Shapes([candidate.value for candidate in group], spec, [candidate.names[0] for candidate in group])
+
+
+class _Shape(PackedWeight):
+    """The packed form of a parameter that has no values."""
+
+    def _quantized(self, parameter: Any) -> tuple[Tensor, ...]:
+        if isinstance(parameter, PackedTensor):
+            return super()._quantized(parameter)
+        n, k = parameter.shape[::-1] if self.spec.transposed else parameter.shape
+        codes = parameter.new_empty(n, k, dtype=torch.uint8)
+        groups = -(-k // self.spec.group_size) if self.spec.group_size else 1
+        scale = parameter.new_empty(groups, n, dtype=torch.float32)
+        return *pack(codes, get_format(self.spec.format), self.spec.layout), scale
+
+    def _remember(self, parameter: Tensor) -> None:
+        """Nothing: there will be no other values."""
+
+    def house(self, parameter: Any) -> None:
+        """Nothing: it has no memory."""
+
+
+class _Shapes(Planes):
+    made_of = _Shape
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
