@@ -98,8 +98,8 @@ def test_mode_reaches_inductor(monkeypatch):
 KNOWN = r"\['format', 'group_size', 'scale', 'skip', 'min_features', 'float32', 'strict', 'mode', 'inductor'\]"
 BAD_OPTIONS = {
     "unknown": ({"fromat": "e2m3"}, f"fp6: unknown option 'fromat', known options are {KNOWN}"),
-    "format": ({"format": "e5m2"}, r"fp6: option 'format' got 'e5m2', needs one of \['e2m3', 'e3m2'\]"),
-    "format type": ({"format": 6}, r"fp6: option 'format' got 6, needs one of"),
+    "format": ({"format": "e9m9"}, "fp6: option 'format' got 'e9m9', needs 'auto' or one of"),
+    "format type": ({"format": 6}, r"fp6: option 'format' got 6, needs 'auto' or one of"),
     "group_size": ({"group_size": -64}, "fp6: option 'group_size' got -64, needs a positive integer or None"),
     "group_size bool": ({"group_size": True}, "fp6: option 'group_size' got True, needs a positive integer or None"),
     "scale": ({"scale": "max"}, r"fp6: option 'scale' got 'max', needs one of \['absmax', 'mse'\]"),

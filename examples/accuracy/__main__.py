@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     from examples.accuracy.plots import draw
 
     draw(found, arguments.out.with_suffix(".png"))
-    print(f"\nwrote {arguments.out}.json, .csv and .png")
+    print(f"\nwrote {arguments.out}.json, .csv and, where formats are mixed, .png")
 
 
 def _subjects(arguments: argparse.Namespace) -> Iterator[tuple[Subject, list[Setting]]]:

@@ -75,17 +75,19 @@ def body(text: str, indent: int) -> str:
 def parses(header: str, text: str) -> bool | None:
     """Whether Python parses the function that begins with the line `header` and goes on with `text`; it needs a body.
 
-    None if the text stops inside of the body's first statement, a docstring perhaps: then there is nothing to judge.
+    None if the text stops inside of the body's first statement or a long string: then there is nothing to judge.
     """
     indent = len(header) - len(header.lstrip())
     inside = body(text, indent)
+    ended = any(line.strip() and len(line) - len(line.lstrip()) <= indent for line in text.split("\n"))
     if not inside.strip():
-        left = any(line.strip() and len(line) - len(line.lstrip()) <= indent for line in text.split("\n"))
-        return False if left else None
+        return False if ended else None
     source = f"{header}\n{inside}\n"
     try:
         ast.parse(f"if 1:\n{source}" if indent else source)
-    except (SyntaxError, ValueError):
+    except SyntaxError as error:
+        return None if not ended and "unterminated triple-quoted" in error.msg else False
+    except ValueError:  # a NUL
         return False
     return True
 

@@ -21,6 +21,8 @@ LAYERS = ("e3m2 channel rtn", "e2m3 channel rtn", "e2m3 g64 rtn", "int4 channel 
 def draw(subjects: dict[str, list[Row]], target: Path) -> None:
     """A row of two panels per subject, written to `target`; not of those that only compare calibrations."""
     subjects = {name: rows for name, rows in subjects.items() if any(row["format"] == "auto" for row in rows)}
+    if not subjects:
+        return
     figure, axes = plt.subplots(len(subjects), 2, figsize=(12, 4.5 * len(subjects)), squeeze=False)
     for (name, rows), (quality, layers) in zip(subjects.items(), axes, strict=True):
         _quality(quality, [row for row in rows if row["format"] != "fp16"])
@@ -48,7 +50,7 @@ def _quality(panel: Any, rows: list[Row]) -> None:
     panel.set_yscale("log")
     panel.set_xlabel("bits per weight, scales counted")
     panel.set_ylabel(TITLES[rows[0]["loss"]] if rows else "")
-    panel.legend(frameon=False, fontsize=8)
+    panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     panel.spines[["top", "right"]].set_visible(False)
 
 
