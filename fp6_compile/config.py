@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
-from fp6_compile.formats import FORMATS
+from fp6_compile.formats import DEFAULT, FORMATS
 from fp6_compile.quantize import SCALES
 
 
@@ -36,7 +36,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
 class Options:
     """What `torch.compile(model, backend="fp6", options={...})` accepts.
 
-    format: "e3m2" (the papers' format, robust to outliers), "e2m3" (half the error on ordinary weights), "auto" (for each
+    format: "e2m3" (half the error on ordinary weights), "e3m2" (the papers' format, robust to outliers), "auto" (for each
         weight the one of these two with less error; for weights that are merged, together), or another of `FORMATS`.
     group_size: inputs that share a scale, or None for one scale per output channel. On a GPU a multiple of 32.
     scale: "absmax", or "mse" to search the clipping ratio with the least squared error.
@@ -48,7 +48,7 @@ class Options:
     inductor: settings of torch._inductor.config for this compilation, for example {"max_autotune": True}.
     """
 
-    format: str = "e3m2"
+    format: str = DEFAULT
     group_size: int | None = None
     scale: str = "absmax"
     skip: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fp6_compile.algorithms.budget import MIXED, choose_formats
 from fp6_compile.config import Options
+from fp6_compile.formats import DEFAULT
 from fp6_compile.kernels.config import supports
 from fp6_compile.lowrank import has_plain_forward
 from fp6_compile.places import Place, places
@@ -30,7 +31,7 @@ from fp6_compile.tensor import DTYPES, PackedTensor
 def quantize_(
     model: nn.Module,
     *,
-    format: str = "e3m2",
+    format: str = DEFAULT,
     group_size: int | None = None,
     scale: str = "absmax",
     skip: Sequence[str] = (),

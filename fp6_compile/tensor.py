@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp6_compile import dispatch, lowerings, ops  # noqa: F401  (ops defines fp6::mm)
-from fp6_compile.formats import AUTO, get_format
+from fp6_compile.formats import AUTO, DEFAULT, get_format
 from fp6_compile.kernels.cpu import quantize as cpu
 from fp6_compile.packing import CPU, PLANES, Rows, layout_for, pack, plane_names, rows_per_index, unpack
 from fp6_compile.quantize import check_finite, choose_format, quantize, row_blocks
@@ -72,7 +72,7 @@ class PackedTensor(Tensor):
     def quantize(
         cls,
         weight: Tensor,
-        format: str = "e3m2",
+        format: str = DEFAULT,
         group_size: int | None = None,
         scale: str = "absmax",
         dtype: torch.dtype | None = None,

@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from torch.utils._dtype_abbrs import dtype_abbrs
 
 from fp6_compile import backend, passes
-from fp6_compile.formats import FORMATS
+from fp6_compile.formats import DEFAULT, FORMATS
 from fp6_compile.quantize import dequantize, quantize
 
 # The formats that kernels have tables for.
@@ -106,7 +106,7 @@ class SwiGLU(nn.Module):
         return x + self.down(F.silu(self.gate(x)) * self.up(x))
 
 
-def dequantized_(model: nn.Module, names: list[str], fmt: str = "e3m2", group_size: int | None = None) -> nn.Module:
+def dequantized_(model: nn.Module, names: list[str], fmt: str = DEFAULT, group_size: int | None = None) -> nn.Module:
     """The same model with the named parameters replaced by what their six bits stand for: the reference for outputs.
 
     A name that ends in "^T" is a parameter [K, N], as Conv1D's.

@@ -156,14 +156,14 @@ def test_mode_twice():
         Options.parse("default", {"mode": "max-autotune"})
 
 
-@pytest.mark.parametrize("options", [{"format": "e2m3"}, {"group_size": 64}, {"scale": "mse", "group_size": 32}])
+@pytest.mark.parametrize("options", [{"format": "e3m2"}, {"group_size": 64}, {"scale": "mse", "group_size": 32}])
 def test_options_change_the_result(options, captured):
-    from fp6_compile.formats import FORMATS
+    from fp6_compile.formats import DEFAULT, FORMATS
     from fp6_compile.quantize import dequantize, quantize
 
     model, x = _model()
     actual = torch.compile(model, backend="fp6", options=options)(x)
-    fmt, size = FORMATS[options.get("format", "e3m2")], options.get("group_size")
+    fmt, size = FORMATS[options.get("format", DEFAULT)], options.get("group_size")
     codes, scale = quantize(model.weight, fmt, size, options.get("scale", "absmax"))
     weight = dequantize(codes, scale, fmt, size, torch.float16)
     close(actual, nn.functional.linear(x, weight, model.bias))

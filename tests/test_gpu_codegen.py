@@ -21,7 +21,7 @@ from tests.support import SwiGLU
 DIM, HIDDEN = 256, 384
 
 
-def _reference(model, x, fmt="e3m2", group_size=None):
+def _reference(model, x, fmt="e2m3", group_size=None):
     """In float64, with what the six bits stand for."""
     w = [
         dequantize(*quantize(layer.weight, FORMATS[fmt], group_size), FORMATS[fmt], group_size, torch.float64)
@@ -97,7 +97,7 @@ def test_epilogue():
     (kernel,) = module.kernels.values()
     FileCheck().check("acc = accumulate(").check("exp(").check("tl.store(out_ptr").run(kernel)
     ((actual,),) = _interpret([module])
-    weight = dequantize(*quantize(model.up.weight, FORMATS["e3m2"]), FORMATS["e3m2"], None, torch.float64)
+    weight = dequantize(*quantize(model.up.weight, FORMATS["e2m3"]), FORMATS["e2m3"], None, torch.float64)
     up = x.double() @ weight.T + model.up.bias.double()
     _check(actual, residual.double() + F.silu(gate.double()) * up, torch.float16)
 
@@ -123,7 +123,7 @@ def test_projections():
         modules.append(module)
         for layer in (model.q, model.k, model.v):
             weight = dequantize(
-                *quantize(layer.weight, FORMATS["e3m2"], group_size), FORMATS["e3m2"], group_size, torch.float64
+                *quantize(layer.weight, FORMATS["e2m3"], group_size), FORMATS["e2m3"], group_size, torch.float64
             )
             expected.append((x.double() @ weight.T + (0 if layer.bias is None else layer.bias.double()), dtype))
     actual = [output for outputs in _interpret(modules) for output in outputs]
@@ -169,7 +169,7 @@ def test_shapes(shape):
     x = torch.randn(shape).half()
     (module,) = generate_modules(model, [x], backend="fp6", dynamic=False)
     ((actual,),) = _interpret([module])
-    weight = dequantize(*quantize(model.weight, FORMATS["e3m2"]), FORMATS["e3m2"], None, torch.float64)
+    weight = dequantize(*quantize(model.weight, FORMATS["e2m3"]), FORMATS["e2m3"], None, torch.float64)
     inputs = x if shape[-1] == DIM else x[..., ::2]
     expected = inputs.double() @ weight.T + model.bias.double()
     assert actual.shape == expected.shape

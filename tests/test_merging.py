@@ -99,7 +99,7 @@ in4: f32[1, 768]
 in5: u8[64, 6, 2, 64]
 in6: u8[64, 6, 64]
 in7: f32[1, 256]
-mm0: f16[4, 768] = fp6.mm(in1, [in2, in3], in4, e3m2, cpu.v1, None)
+mm0: f16[4, 768] = fp6.mm(in1, [in2, in3], in4, e2m3, cpu.v1, None)
 slice0: f16[4, 384] = aten.slice.Tensor(mm0, 1, 0, 384)
 add0: f16[4, 384] = aten.add.Tensor(slice0, in0)
 convert_element_type0: f32[4, 384] = prims.convert_element_type(add0, torch.float32)
@@ -110,7 +110,7 @@ div0: f32[4, 384] = aten.div.Tensor(convert_element_type0, add1)
 convert_element_type1: f16[4, 384] = prims.convert_element_type(div0, torch.float16)
 slice1: f16[4, 384] = aten.slice.Tensor(mm0, 1, 384, 768)
 mul0: f16[4, 384] = aten.mul.Tensor(convert_element_type1, slice1)
-mm1: f16[4, 256] = fp6.mm(mul0, [in5, in6], in7, e3m2, cpu.v1, None)
+mm1: f16[4, 256] = fp6.mm(mul0, [in5, in6], in7, e2m3, cpu.v1, None)
 add2: f16[4, 256] = aten.add.Tensor(in1, mm1)
 return add2
 """,
@@ -128,7 +128,7 @@ in3: u8[96, 4, 2, 64]
 in4: u8[96, 4, 64]
 in5: f32[1, 384]
 view0: f16[8, 256] = aten.view(in0, [8, 256])
-mm0: f16[8, 384] = fp6.mm(view0, [in3, in4], in5, e3m2, cpu.v1, None)
+mm0: f16[8, 384] = fp6.mm(view0, [in3, in4], in5, e2m3, cpu.v1, None)
 slice0: f16[8, 128] = aten.slice.Tensor(mm0, 1, 0, 128)
 add0: f16[8, 128] = aten.add.Tensor(slice0, in1)
 view1: f16[2, 4, 128] = aten.view(add0, [2, 4, 128])

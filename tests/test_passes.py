@@ -76,7 +76,7 @@ in1: f16[4, 256]
 in2: u8[32, 4, 2, 64]
 in3: u8[32, 4, 64]
 in4: f32[1, 128]
-dequantize0: f16[128, 256] = fp6.dequantize([in2, in3], in4, e3m2, cpu.v1, None, 256, torch.float16)
+dequantize0: f16[128, 256] = fp6.dequantize([in2, in3], in4, e2m3, cpu.v1, None, 256, torch.float16)
 permute0: f16[256, 128] = aten.permute(dequantize0, [1, 0])
 addmm0: f16[4, 128] = aten.addmm(in0, in1, permute0)
 return addmm0
@@ -90,7 +90,7 @@ in1: f16[4, 256]
 in2: u8[32, 4, 2, 64]
 in3: u8[32, 4, 64]
 in4: f32[1, 128]
-mm0: f16[4, 128] = fp6.mm(in1, [in2, in3], in4, e3m2, cpu.v1, None)
+mm0: f16[4, 128] = fp6.mm(in1, [in2, in3], in4, e2m3, cpu.v1, None)
 add0: f16[4, 128] = aten.add.Tensor(mm0, in0)
 return add0
 """,
@@ -119,7 +119,7 @@ in0: f16[4, 256]
 in1: u8[128, 4, 2, 64]
 in2: u8[128, 4, 64]
 in3: f32[1, 512]
-mm0: f16[4, 512] = fp6.mm(in0, [in1, in2], in3, e3m2, cpu.v1, None)
+mm0: f16[4, 512] = fp6.mm(in0, [in1, in2], in3, e2m3, cpu.v1, None)
 slice0: f16[4, 256] = aten.slice.Tensor(mm0, 1, 0, 256)
 clone0: f16[4, 256] = aten.clone(slice0, torch.contiguous_format)
 slice1: f16[4, 128] = aten.slice.Tensor(mm0, 1, 256, 384)
@@ -141,7 +141,7 @@ in2: u8[128, 4, 2, 64]
 in3: u8[128, 4, 64]
 in4: f32[1, 512]
 embedding0: f16[3, 256] = aten.embedding(in0, in1)
-mm0: f16[3, 512] = fp6.mm(embedding0, [in2, in3], in4, e3m2, cpu.v1, None)
+mm0: f16[3, 512] = fp6.mm(embedding0, [in2, in3], in4, e2m3, cpu.v1, None)
 return mm0
 """,
         )
@@ -156,7 +156,7 @@ in1: f16[4, 256]
 in2: u8[32, 4, 2, 64]
 in3: u8[32, 4, 64]
 in4: f32[1, 128]
-dequantize0: f16[128, 256] = fp6.dequantize([in2, in3], in4, e3m2, cpu.v1, None, 256, torch.float16)
+dequantize0: f16[128, 256] = fp6.dequantize([in2, in3], in4, e2m3, cpu.v1, None, 256, torch.float16)
 permute0: f16[256, 128] = aten.permute(dequantize0, [1, 0])
 addmm0: f16[4, 128] = aten.addmm(in0, in1, permute0)
 return addmm0
@@ -170,7 +170,7 @@ in1: f16[4, 256]
 in2: u8[32, 4, 2, 64]
 in3: u8[32, 4, 64]
 in4: f32[1, 128]
-mm0: f16[4, 128] = fp6.mm(in1, [in2, in3], in4, e3m2, cpu.v1, None)
+mm0: f16[4, 128] = fp6.mm(in1, [in2, in3], in4, e2m3, cpu.v1, None)
 add0: f16[4, 128] = aten.add.Tensor(mm0, in0)
 return add0
 """,
@@ -187,7 +187,7 @@ in2: u8[32, 4, 2, 64]
 in3: u8[32, 4, 64]
 in4: f32[1, 128]
 view0: f16[6, 256] = aten.view(in1, [6, 256])
-mm0: f16[6, 128] = fp6.mm(view0, [in2, in3], in4, e3m2, cpu.v1, None)
+mm0: f16[6, 128] = fp6.mm(view0, [in2, in3], in4, e2m3, cpu.v1, None)
 add0: f16[6, 128] = aten.add.Tensor(mm0, in0)
 view1: f16[2, 3, 128] = aten.view(add0, [2, 3, 128])
 return view1
@@ -207,7 +207,7 @@ in4: u8[32, 4, 64]
 in5: f32[1, 128]
 permute0: f16[256, 256] = aten.permute(in0, [1, 0])
 mm0: f16[4, 256] = aten.mm(in1, permute0)
-mm1: f16[4, 128] = fp6.mm(in1, [in3, in4], in5, e3m2, cpu.v1, None)
+mm1: f16[4, 128] = fp6.mm(in1, [in3, in4], in5, e2m3, cpu.v1, None)
 permute1: f16[256, 128] = aten.permute(in2, [1, 0])
 mm2: f16[4, 128] = aten.mm(in1, permute1)
 return mm0, mm1, mm2

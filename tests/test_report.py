@@ -52,7 +52,7 @@ def test_report(captured):
 def test_text(captured):
     text = str(_compile(skip=["head"]))
     assert text == (
-        "fp6: 1 of 3 linears in e3m2, 2 left alone (1: skipped by 'head'), weights 1.31 MB -> 1.15 MB\n"
+        "fp6: 1 of 3 linears in e2m3, 2 left alone (1: skipped by 'head'), weights 1.31 MB -> 1.15 MB\n"
         "  fp6   body.0        512x256  262 KB -> 100 KB\n"
         "  left  head         1024x512  skipped by 'head'\n"
         "  left  gate            4x512  fewer than 128 inputs or outputs (min_features)"
@@ -74,7 +74,7 @@ def test_summary_is_logged_at_info(captured, caplog):
         _compile()
     records = [record for record in caplog.records if record.name == "fp6_compile"]
     assert [record.levelname for record in records] == ["INFO"]
-    assert records[0].message.startswith("fp6: 2 of 3 linears in e3m2, 1 left alone")
+    assert records[0].message.startswith("fp6: 2 of 3 linears in e2m3, 1 left alone")
 
 
 def test_nothing_taken_is_a_warning(captured, caplog):
@@ -94,4 +94,4 @@ torch.compile(model, backend="fp6")(torch.randn(3, 256).half())
 
     environment = {**os.environ, "TORCH_LOGS": "+fp6_compile"}
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
-    assert "fp6: 1 of 1 linears in e3m2, weights 65.5 KB -> 25.1 KB" in done.stderr
+    assert "fp6: 1 of 1 linears in e2m3, weights 65.5 KB -> 25.1 KB" in done.stderr

@@ -97,7 +97,7 @@ def test_a_sum_that_is_read_twice_gets_no_kernel_of_its_own():
     FileCheck().check("acc, last = reduce(").run(module.kernels[matmul])
     FileCheck().check_not("accumulate").check("tl.where").run(module.kernels[rotation])
     ((actual,),) = _interpret([module])
-    weight = dequantize(*quantize(model.weight, FORMATS["e3m2"]), FORMATS["e3m2"], None, torch.float64)
+    weight = dequantize(*quantize(model.weight, FORMATS["e2m3"]), FORMATS["e2m3"], None, torch.float64)
     q = (x.double() @ weight.T + model.bias.double()).view(2, -1, 64)
     _check(actual, q * 0.5 + torch.cat([-q[..., 32:], q[..., :32]], -1) * 0.25, torch.float16)
 
@@ -122,7 +122,7 @@ def test_wgmma_where_it_has_passed(monkeypatch):
     assert "JOIN : tl.constexpr = 4" in kernel
     assert "num_warps=8" in kernel
     ((actual,),) = _interpret([module])
-    weight = dequantize(*quantize(model.weight, FORMATS["e3m2"]), FORMATS["e3m2"], None, torch.float64)
+    weight = dequantize(*quantize(model.weight, FORMATS["e2m3"]), FORMATS["e2m3"], None, torch.float64)
     _check(actual, x.double() @ weight.T, torch.float16)
 
 
@@ -142,7 +142,7 @@ def test_one_row_is_not_decomposed_by_max_autotune(make, dtype):
     (module,) = generate_modules(model, [x], backend="fp6", dynamic=False, mode="max-autotune-no-cudagraphs")
     assert sum("accumulate(" in kernel for kernel in module.kernels.values()) == 1
     ((actual,),) = _interpret([module])
-    weight = dequantize(*quantize(model.weight, FORMATS["e3m2"]), FORMATS["e3m2"], None, torch.float64)
+    weight = dequantize(*quantize(model.weight, FORMATS["e2m3"]), FORMATS["e2m3"], None, torch.float64)
     _check(actual, x.double() @ weight.T, dtype)
 
 

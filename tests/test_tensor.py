@@ -221,7 +221,7 @@ def test_packing_and_slicing_commute(cut, layout):
     part = function(w)
     torch.testing.assert_close(part.dequantize(), function(w.dequantize()), rtol=0, atol=0)
     if group_size is not None:
-        again = PackedTensor.quantize(function(_weight()), group_size=group_size).repack(layout)
+        again = PackedTensor.quantize(function(_weight()), "e3m2", group_size).repack(layout)
         torch.testing.assert_close((*part.planes, part.scale), (*again.planes, again.scale), rtol=0, atol=0)
 
 

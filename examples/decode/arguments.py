@@ -11,6 +11,7 @@ import torch
 from examples.decode.llama import SIZES
 from examples.decode.loop import Sampling
 from examples.decode.measure import PROVIDERS, Settings
+from fp6_compile.formats import DEFAULT, FORMATS
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Settings]]:
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=_positive, default=3, help="turns of each backend")
     add("--threads", type=_positive, help="torch.set_num_threads")
     add("--backends", nargs="+", choices=PROVIDERS, help="default: all that can run here")
-    add("--format", default="e3m2", choices=["e3m2", "e2m3"])
+    add("--format", default=DEFAULT, choices=FORMATS, metavar="FORMAT", help="eXmY")
     add("--group-size", type=_positive, help="inputs that share a scale; without it a row")
     add("--head", type=int, choices=[16], help="bits of the head, which is packed as the rest without it")
     add(

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from examples.code_lm.model import ModelConfig, RMSNorm
 from examples.decode.llama import Llama
 from fp6_compile import PackedTensor
-from fp6_compile.formats import get_format
+from fp6_compile.formats import DEFAULT, get_format
 from fp6_compile.packing import PLANES, pack
 
 # Weights by what holds them; bits of a weight, scales left out.
@@ -31,7 +31,7 @@ def build(
     head: str | None = None,
     dtype: torch.dtype,
     device: str,
-    format: str = "e3m2",
+    format: str = DEFAULT,
     group_size: int | None = None,
 ) -> Llama:
     """A model whose linears are of `kind`, one of KINDS, and its head of kind `head`, by default the same."""

@@ -23,7 +23,7 @@ from fp6_compile.calibration.layer import quantize_linear, restore
 from fp6_compile.calibration.smooth import equalize_
 from fp6_compile.calibration.state import Done, State, digest, text_digest
 from fp6_compile.config import Options
-from fp6_compile.formats import AUTO, FORMATS, get_format
+from fp6_compile.formats import AUTO, DEFAULT, FORMATS, get_format
 from fp6_compile.model import Values, is_weight, keep, refusal
 from fp6_compile.places import Place, places
 from fp6_compile.quantize import Grid
@@ -37,7 +37,7 @@ def calibrate_(
     inputs: Iterable[Any] = (),
     *,
     algorithm: Algorithm | None = None,
-    format: str | Grid = "e3m2",
+    format: str | Grid = DEFAULT,
     group_size: int | None = None,
     skip: Iterable[str] = (),
     min_features: int = 128,

@@ -20,7 +20,7 @@ import torch
 import fp6_compile
 from fp6_compile.cli.commands import explain, inspect, quantize
 from fp6_compile.cli.verify import verify
-from fp6_compile.formats import FORMATS
+from fp6_compile.formats import DEFAULT, FORMATS
 from fp6_compile.manifest import CheckpointError
 from fp6_compile.quantize import SCALES
 
@@ -60,10 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("target", metavar="DST", type=Path, help="a folder to make")
     command.add_argument(
         "--format",
-        default="e3m2",
+        default=DEFAULT,
         choices=["auto", *sorted(FORMATS)],
         metavar="FORMAT",
-        help="e3m2 (default), e2m3, auto (the better of these, layer by layer), or another eXmY of 3 to 8 bits",
+        help="e2m3 (default), e3m2, auto (the better of these, layer by layer), or another eXmY of 3 to 8 bits",
     )
     command.add_argument(
         "--group-size", type=int, metavar="N", help="inputs that share a scale; without it a whole row"
