@@ -40,7 +40,7 @@ def test_text(block):
     assert_expected_inline(
         re.sub(r"\d\d\.\d dB", "?? dB", str(block)),
         """\
-SwiGLU, backend fp6 (e3m2, mode='reduce-overhead'), on H200: nothing was run
+SwiGLU, backend fp6 (e2m3, mode='reduce-overhead'), on H200: nothing was run
 
 linears       3 of 3 taken, 197 KB -> 125 KB
 graphs        1, no graph breaks
@@ -52,9 +52,9 @@ time          6.03 us a call; with 16-bit weights 6.05 us, 1.00x (predicted, not
               assumed: share, launch, and that arithmetic is free; bandwidth: https://www.nvidia.com/en-us/data-center/h200/
 
      linear    shape  format               bytes     SQNR
-fp6  gate    256x128  e3m2    65.5 KB -> 50.2 KB  ?? dB  merged with up
-fp6  up      256x128  e3m2    65.5 KB -> 50.2 KB  ?? dB  merged with gate
-fp6  down    128x256  e3m2    65.5 KB -> 25.1 KB  ?? dB""",
+fp6  gate    256x128  e2m3    65.5 KB -> 50.2 KB  ?? dB  merged with up
+fp6  up      256x128  e2m3    65.5 KB -> 50.2 KB  ?? dB  merged with gate
+fp6  down    128x256  e2m3    65.5 KB -> 25.1 KB  ?? dB""",
     )
 
 
@@ -86,7 +86,7 @@ def test_it_says_what_a_compilation_does(block):
 def test_sqnr_is_that_of_the_weight(block):
     model = _block()
     w = model.up.weight.float()
-    noise = fp6_compile.PackedTensor.quantize(model.up.weight, "e3m2").dequantize().float() - w
+    noise = fp6_compile.PackedTensor.quantize(model.up.weight, "e2m3").dequantize().float() - w
     (up,) = (linear for linear in block.linears if linear.name == "up")
     # The tensor is rounded to bfloat16 besides.
     assert up.sqnr == pytest.approx(float(10 * torch.log10(w.square().sum() / noise.square().sum())), abs=0.05)
