@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=_positive, default=3, help="turns of each backend")
     add("--threads", type=_positive, help="torch.set_num_threads")
     add("--backends", nargs="+", choices=PROVIDERS, help="default: all that can run here")
-    finite = [name for name, fmt in FORMATS.items() if fmt.exponent_bits < 5]  # random codes of others are infinite, too
+    finite = [
+        name for name, fmt in FORMATS.items() if fmt.exponent_bits < 5
+    ]  # random codes of others are infinite, too
     add("--format", default=DEFAULT, choices=finite, metavar="FORMAT", help=f"eXmY; default: {DEFAULT}")
     add("--group-size", type=_positive, help="inputs that share a scale; without it a row")
     add("--head", type=int, choices=[16], help="bits of the head, which is packed as the rest without it")

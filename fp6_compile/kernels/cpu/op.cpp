@@ -152,19 +152,22 @@ struct InPlanes {
                       scale.sizes(), ", needs float32 [groups, n]");
     weight.n = scale.size(1), weight.k = k, weight.group = std::min(group_size.value_or(k), k);
     weight.exponent_bits = format[1] - '0', weight.mantissa_bits = format[3] - '0';
+    const int lanes = 8 / (bits & -bits);  // codes in a byte of the narrowest plane
+    const int64_t padded = (k + lanes - 1) / lanes * lanes;
     for (size_t i = 0; i < planes.size(); i++) {
       const int width = 1 << (31 - __builtin_clz(bits));
       bits -= width;
       const Tensor& plane = held.emplace_back(planes[i].contiguous());
-      TORCH_CHECK_VALUE(plane.scalar_type() == at::kByte && plane.dim() == 2 && plane.size(0) == weight.n &&
-                            plane.size(1) * 8 >= k * width,
-                        "fp6: w", width, " is ", plane.dtype(), " ", plane.sizes(), ", does not hold a weight [", weight.n,
-                        ", ", k, "] in layout planes.v1");
+      const bool is_bytes = plane.scalar_type() == at::kByte && plane.dim() == 2 && plane.size(0) == weight.n;
+      TORCH_CHECK(i > 0 || !is_bytes || plane.size(1) * 8 == padded * width, "fp6: x has ", k,
+                  " features, but the weight was packed with ", plane.size(1) * 8 / width, " inputs, padding included");
+      TORCH_CHECK_VALUE(is_bytes && plane.size(1) * 8 == padded * width, "fp6: w", width, " is ", plane.dtype(), " ",
+                        plane.sizes(), ", does not hold a weight [", weight.n, ", ", k, "] in layout planes.v1");
       weight.planes[i] = plane.const_data_ptr<uint8_t>(), weight.strides[i] = plane.size(1), weight.widths[i] = width;
     }
     const int64_t groups = weight.group > 0 ? (k + weight.group - 1) / weight.group : scale.size(0);
-    TORCH_CHECK_VALUE(scale.size(0) == groups, "fp6: scale has ", scale.size(0), " groups, ", k, " inputs in groups of ",
-                      weight.group, " need ", groups);
+    TORCH_CHECK(scale.size(0) == groups, "fp6: scale has ", scale.size(0), " groups, ", k, " inputs in groups of ",
+                weight.group, " need ", groups);
     weight.scale = held.emplace_back(scale.contiguous()).const_data_ptr<float>();
   }
 };
@@ -202,7 +205,7 @@ Tensor by_rows(const Tensor& x, at::TensorList planes, const Tensor& scale, c10:
 
 Tensor mm(const Tensor& x, at::TensorList planes, const Tensor& scale, c10::string_view format, c10::string_view layout,
           optional<int64_t> group_size) {
-  if (layout == "planes.v1" && parts_of(x.scalar_type()) && x.dim() > 0)
+  if (layout == "planes.v1" && parts_of(x.scalar_type()) && x.dim() > 0 && formats().count(format))
     return mm_in_planes(x, InPlanes(x.size(-1), planes, scale, format, group_size));
   if (layout != "cpu.v1" || !parts_of(x.scalar_type())) return by_rows(x, planes, scale, format, layout, group_size);
   const Call call(x, planes, scale, format, group_size);
