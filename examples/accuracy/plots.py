@@ -12,8 +12,9 @@ import matplotlib.pyplot as plt
 
 from examples.accuracy.rows import Row
 
-COLORS = {"e3m2": "#d1495b", "e2m3": "#00798c", "auto": "#edae49", "int4": "#8d96a3", "int8": "#8d96a3"}
-MARKERS = {"rtn": "o", "mse": "s", "weighted": "^", "gptq": "D", "lorc": "P"}
+COLORS = {"e3m2": "#d1495b", "e2m3": "#00798c", "auto": "#edae49", "int4": "#30343f", "int8": "#9a6fb0"}
+MARKERS = {"rtn": "o", "mse": "s", "weighted": "^", "gptq": "D", "gptq-rtn": "d", "lorc": "P", "lorc-gptq": "X"}
+MARKERS |= {"rounding": "<", "bias": ">", "pow2": "2", "nupes": "*"}
 TITLES = {"kl": "KL divergence to FP16, bits per token", "cosine": "1 - cosine to FP32's embeddings"}
 LAYERS = ("e3m2 channel rtn", "e2m3 channel rtn", "e2m3 g64 rtn", "int4 channel rtn")
 
@@ -57,7 +58,8 @@ def _quality(panel: Any, rows: list[Row]) -> None:
 def _layers(panel: Any, rows: list[Row]) -> None:
     for row in rows:
         if row["label"] in LAYERS:
-            panel.plot(list(row["layers"].values()), ".-", linewidth=0.8, label=row["label"])
+            style = {"linestyle": "--" if row["group"] else "-", "color": COLORS[row["format"]]}
+            panel.plot(list(row["layers"].values()), marker=".", linewidth=0.8, label=row["label"], **style)
     panel.set_xlabel("linear, in the order of the model")
     panel.set_ylabel("SQNR of the weight, dB")
     panel.legend(frameon=False, fontsize=8)
