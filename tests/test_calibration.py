@@ -10,7 +10,7 @@ from torch import nn
 import fp6_compile
 from fp6_compile import PackedTensor, calibrate_, quantize_
 from fp6_compile.algorithms import GPTQ, RTN, BiasCorrection, Clip, Integer, LoRC, Needs, Statistics, Weighted
-from fp6_compile.formats import FORMATS
+from fp6_compile.formats import DEFAULT, FORMATS
 from fp6_compile.lowrank import LowRankLinear
 from tests.support import SwiGLU, close
 
@@ -118,7 +118,7 @@ def test_nan_and_linears_that_are_never_called():
     }
     assert notes["idle"] == "never called: quantized without data"
     assert notes["blocks.1.down"] == notes["first"] == "tokens with NaN or infinite values, left out: 1"
-    codes = Clip(steps=2)(idle.detach(), FORMATS["e3m2"], None).codes
+    codes = Clip(steps=2)(idle.detach(), FORMATS[DEFAULT], None).codes
     assert torch.equal(model.idle.weight.codes(), codes)
     notes = {line.note for line in calibrate_(_tower(), [bad * torch.nan], algorithm=Weighted(steps=1)).linears}
     assert notes == {"all its inputs are NaN or infinite: quantized without data"}

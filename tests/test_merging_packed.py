@@ -115,7 +115,7 @@ def test_only_weights_packed_alike(captured):
     model.heads = nn.ModuleList([nn.Linear(DIM, 128, bias=False).half() for _ in range(4)])
     quantize_(model.heads[0])
     quantize_(model.heads[1], group_size=64)
-    quantize_(model.heads[2], format="e2m3")
+    quantize_(model.heads[2], format="e3m2")
     with torch.inference_mode():
         quantize_(model.heads[3])
     model.forward = lambda x: [head(x) for head in model.heads]
