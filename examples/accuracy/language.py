@@ -9,6 +9,7 @@ noise that sampling adds is the same in every row (the Gumbel-max trick), so tha
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,21 +63,21 @@ class LanguageModel(Subject):
         sample = self.sample
         self.size = f"{sample.windows} x {sample.length} tokens, {sample.prompts} x {sample.count} written"
 
+    @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
         """[B, T] to [B, T, vocab]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def begin(self, tokens: Tensor, count: int) -> tuple[Tensor, Any]:
         """Logits after `tokens` [B, T], and a state from which `count` more tokens can be decoded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Logits [B, vocab] after one more token each, [B, 1]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def inputs(self, tokens: Tensor) -> dict[str, Any]:
         """The model's keyword arguments for tokens [B, T]."""
-        raise NotImplementedError
 
     def calibration(self, kind: str) -> Iterator[dict[str, Any]]:
         """Windows of what `kinds` has under that name."""

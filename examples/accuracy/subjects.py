@@ -5,6 +5,7 @@ A subject measures in float32 with dequantized weights: what six bits do to a mo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
@@ -24,7 +25,7 @@ class Measured(NamedTuple):
     weights: Tensor
 
 
-class Subject:
+class Subject(ABC):
     """A model in float32 with its 16-bit weights; `reference` is called before any of them changes."""
 
     name: str
@@ -41,25 +42,25 @@ class Subject:
             if isinstance(module, nn.Linear) and id(module.weight) not in embeddings and min(module.weight.shape) >= 128
         }
 
+    @abstractmethod
     def reference(self) -> None:
         """Keep what later measures are compared with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measure(self) -> Measured:
         """The figures with the weights that the model has now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def calibration(self, kind: str) -> Iterator[dict[str, Any]]:
         """Inputs of the model's forward, as keyword arguments; none of them is measured on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs(self, inputs: dict[str, Any]) -> Tensor:
         """What the model makes of such inputs, as `distance` wants it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def distance(self, expected: Tensor, outputs: Tensor) -> float:
         """The main loss of some outputs, given those of the model as it was."""
-        raise NotImplementedError
 
     @cached_property
     def sensitivity(self) -> dict[str, float]:
