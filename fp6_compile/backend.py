@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.backends import registry
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
@@ -23,7 +24,7 @@ from fp6_compile import lowerings
 from fp6_compile.config import Options
 from fp6_compile.graph import PackedGraph
 from fp6_compile.passes import FP6Pass
-from fp6_compile.report import Report, forget_reports, publish, publish_refresh
+from fp6_compile.report import Refresh, Report, forget_reports, publish, publish_refresh
 from fp6_compile.weights import forget_weights
 
 # Pointwise kernels that do not depend on each other are one launch: in attention the rotary embeddings of q and k, and the
@@ -58,8 +59,10 @@ def fp6(
     kept, taken = packed.kept, packed.taken
 
     def run(*args: Any) -> Any:
-        planes = [tensor for weight in taken for tensor in weight.tensors(args)]
-        publish_refresh()
+        seconds: dict[str, float] = {}
+        planes = [tensor for weight in taken for tensor in weight.tensors(args, seconds)]
+        if seconds:
+            publish_refresh(Refresh(seconds))
         inputs = [*(args[position] for position in kept), *planes]
         if torch.is_grad_enabled():
             return compiled(*inputs)
@@ -76,6 +79,19 @@ def _reset() -> None:
 
 
 fp6.reset = _reset  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+
+
+class _Registry(dict[str, Any]):
+    """torch's table of backends, in which `fp6` may be registered again, by itself.
+
+    Threads that look it up first at the same moment register it one after the other, and torch asserts that there was none.
+    """
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) and self[str(name)] is not fp6
+
+
+registry._COMPILER_FNS = _Registry(registry._COMPILER_FNS)
 
 
 def inductor_patches(options: Options, on_gpu: bool) -> dict[str, Any]:

@@ -45,10 +45,10 @@ class PackedGraph:
         self.gm, self._copies = _copy(gm)
         self.kept = list(range(len(example_inputs)))
         self.taken: list[WeightInput] = []
+        self._planes: list[Planes] = []
         self.lines: dict[int, LinearReport] = {}
         for group in groups(self._candidates(gm)):
-            if len(group) > 1 or not group[0].packed:
-                self._take(group)
+            self._take(group)
         self.gm.graph.lint()
         self.gm.recompile()
 
@@ -59,7 +59,7 @@ class PackedGraph:
 
     def planes(self) -> list[Tensor]:
         """The planes and scales of all weights that were taken: the last inputs of the new graph."""
-        return [tensor for weight in self.taken for tensor in weight.planes.tensors]
+        return [tensor for planes in self._planes for tensor in planes.packing.tensors]
 
     def inputs(self) -> list[Any]:
         """Example inputs of the new graph. Packed ones are fake already: AOTAutograd would give their sizes symbols."""
@@ -112,11 +112,12 @@ class PackedGraph:
         for planes in packs:
             self._replace(group, planes)
             self.taken.append(WeightInput([candidate.position for candidate in group], planes))
+            self._planes.append(planes)
         for i, candidate in enumerate(group):
             self._drop(candidate)
             if not candidate.packed:
                 count("linears_taken")
-            size = sum(tensor.nbytes for planes in packs for tensor in planes.weights[i].tensors)
+            size = sum(tensor.nbytes for planes in packs for tensor in planes.packing.rows[i])
             self._report(candidate, size, note=_note(candidate, group), format=packs[0].spec.format)
 
     def _pack(self, group: list[Candidate], transposed: bool) -> Planes:
@@ -145,11 +146,11 @@ class PackedGraph:
             new = whole
             if len(group) > 1:
                 with self.gm.graph.inserting_after(last):
-                    new = last = self.gm.graph.call_method("narrow", (whole, 0, first, candidate.rows))
+                    new = last = self.gm.graph.call_function(torch.narrow, (whole, 0, first, candidate.rows))
                 first += candidate.rows
             if transposed:
                 with self.gm.graph.inserting_after(last):
-                    new = last = self.gm.graph.call_method("t", (new,))
+                    new = last = self.gm.graph.call_function(torch.t, (new,))
             for user in candidate.weight.users[transposed]:
                 self._copies[user].replace_input_with(self._copies[candidate.weight.placeholder], new)
 
@@ -207,6 +208,8 @@ def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     for node, twin in copies.items():
         if hasattr(node, "_dynamo_source"):
             twin._dynamo_source = node._dynamo_source
+        # Dynamo takes it out of its own nodes later: it has a weak reference to the parameter, which then cannot be moved.
+        twin.meta.pop("grapharg", None)
     new = GraphModule(gm, graph)
     new.meta = gm.meta
     if hasattr(gm, "_param_name_to_source"):
