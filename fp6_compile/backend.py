@@ -11,7 +11,7 @@ compile_fx, with passes.py in the joint graph and lowerings/ behind fp6::mm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ from torch.fx import GraphModule
 
 from fp6_compile import lowerings
 from fp6_compile.config import Options
+from fp6_compile.formats import get_format
 from fp6_compile.graph import PackedGraph
+from fp6_compile.packing import SLABS, lane_dtype
 from fp6_compile.passes import FP6Pass
 from fp6_compile.report import Refresh, Report, forget_reports, publish, publish_refresh
-from fp6_compile.weights import forget_weights
+from fp6_compile.weights import PackSpec, forget_weights
 
 # Pointwise kernels that do not depend on each other are one launch: in attention the rotary embeddings of q and k, and the
 # writes of k and v to the cache. Not reductions: with them in it, a kernel's block sizes fit nobody.
@@ -55,6 +57,7 @@ def fp6(
     lowerings.register()
     packed = PackedGraph(gm, example_inputs, parsed)
     publish(Report(tuple(packed.linears), parsed.format))
+    patches["joint_custom_pre_pass"].decisions += str(_verdicts({weight.spec for weight in packed.taken}))
     compiled: Any = compile_fx(packed.gm, packed.inputs(), config_patches=patches)
     kept, taken = packed.kept, packed.taken
 
@@ -71,6 +74,20 @@ def fp6(
             return compiled(*inputs)
 
     return run
+
+
+def _verdicts(specs: Iterable[PackSpec]) -> list[str]:
+    """What the self-tests said of the kernels for these weights: it decides on their code."""
+    on_gpu = [spec for spec in specs if spec.device.type == "cuda" and spec.layout in SLABS.values()]
+    if not on_gpu:
+        return []
+    from fp6_compile.kernels.device import may_use_wgmma  # here, because it imports Triton
+
+    found = []
+    for spec in on_gpu:
+        problem = spec.device, lane_dtype(spec.layout), get_format(spec.format), spec.group_size
+        found.append(f"{problem} {may_use_wgmma(*problem)}")
+    return sorted(found)
 
 
 def _reset() -> None:

@@ -51,7 +51,7 @@ _VIEWS = (
 # Casts and copies change no value that the matmul would not round again: fp6::mm rounds the weight to x's dtype, once.
 _COPIES = (prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.alias.default)
 
-_SOURCES = (".py", ".jinja", ".cpp", ".h")
+_SOURCES = (".py", ".jinja", ".cpp", ".h", ".json")
 
 _matmuls = PatternMatcherPass(pass_name="fp6_mm")
 _leftovers = PatternMatcherPass(pass_name="fp6_dequantize")
@@ -230,10 +230,14 @@ def _is_view(node: Node) -> bool:
 
 
 class FP6Pass(CustomGraphPass):
-    """Rewrites one graph in place. `before`: the user's own joint-graph passes, which run first, as they would have."""
+    """Rewrites one graph in place.
 
-    def __init__(self, options: str, before: Sequence[Any] = ()) -> None:
-        self.options = options
+    `decisions`: a text of what, beside our sources, decides on the code. `before`: the user's own joint-graph passes, which run
+    first, as they would have.
+    """
+
+    def __init__(self, decisions: str, before: Sequence[Any] = ()) -> None:
+        self.decisions = decisions
         self.before = tuple(before)
 
     def __call__(self, graph: Graph) -> None:
@@ -246,11 +250,11 @@ class FP6Pass(CustomGraphPass):
         _leftovers.apply(graph)
 
     def uuid(self) -> Any | None:
-        """Part of Inductor's cache key: all our sources (the key does not cover lowerings and kernels) and the options."""
+        """Part of Inductor's cache key: all our sources (the key does not cover lowerings, kernels and tuned tables), and `decisions`."""
         theirs = [graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None for graph_pass in self.before]
         if None in theirs:
             return None  # Inductor does not cache graphs that went through a pass it cannot name.
-        return source_hash(), self.options, *theirs
+        return source_hash(), self.decisions, *theirs
 
 
 @functools.cache
