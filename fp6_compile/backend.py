@@ -26,7 +26,7 @@ from fp6_compile.formats import get_format
 from fp6_compile.graph import PackedGraph
 from fp6_compile.packing import SLABS, lane_dtype
 from fp6_compile.passes import FP6Pass
-from fp6_compile.report import Refresh, Report, forget_reports, publish, publish_refresh
+from fp6_compile.report import Report, forget_reports, publish
 from fp6_compile.weights import PackSpec, forget_weights
 
 # Pointwise kernels that do not depend on each other are one launch: in attention the rotary embeddings of q and k, and the
@@ -57,16 +57,12 @@ def fp6(
     lowerings.register()
     packed = PackedGraph(gm, example_inputs, parsed)
     publish(Report(tuple(packed.linears), parsed.format))
-    patches["joint_custom_pre_pass"].decisions += str(_verdicts({weight.spec for weight in packed.taken}))
+    patches["joint_custom_pre_pass"].decisions += str(_verdicts(set(packed.taken.specs)))
     compiled: Any = compile_fx(packed.gm, packed.inputs(), config_patches=patches)
     kept, taken = packed.kept, packed.taken
 
     def run(*args: Any) -> Any:
-        seconds: dict[str, float] = {}
-        planes = [tensor for weight in taken for tensor in weight.tensors(args, seconds)]
-        if seconds:
-            publish_refresh(Refresh(seconds))
-        inputs = [*(args[position] for position in kept), *planes]
+        inputs = [*(args[position] for position in kept), *taken.tensors(args)]
         if torch.is_grad_enabled():
             return compiled(*inputs)
         # fp6::mm's gradient is a Python kernel, and asking it whether it is needed takes longer than launching the matmul.

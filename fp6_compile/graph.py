@@ -29,7 +29,7 @@ from fp6_compile.packing import layout_for, plane_names
 from fp6_compile.quantize import choose_format
 from fp6_compile.report import LinearReport, count
 from fp6_compile.tensor import PackedTensor
-from fp6_compile.weights import PackSpec, Planes, WeightInput, packed_planes
+from fp6_compile.weights import PackSpec, Planes, WeightInputs, packed_planes
 
 
 class PackedGraph:
@@ -44,7 +44,7 @@ class PackedGraph:
         self.example_inputs = example_inputs
         self.gm, self._copies = _copy(gm)
         self.kept = list(range(len(example_inputs)))
-        self.taken: list[WeightInput] = []
+        self.taken = WeightInputs()
         self._planes: list[Planes] = []
         self.lines: dict[int, LinearReport] = {}
         for group in groups(self._candidates(gm)):
@@ -111,7 +111,7 @@ class PackedGraph:
             return
         for planes in packs:
             self._replace(group, planes)
-            self.taken.append(WeightInput([candidate.position for candidate in group], planes))
+            self.taken.add([candidate.position for candidate in group], planes)
             self._planes.append(planes)
         for i, candidate in enumerate(group):
             self._drop(candidate)

@@ -232,8 +232,8 @@ def _is_view(node: Node) -> bool:
 class FP6Pass(CustomGraphPass):
     """Rewrites one graph in place.
 
-    `decisions`: a text of what, beside our sources, decides on the code. `before`: the user's own joint-graph passes, which run
-    first, as they would have.
+    `decisions`: a text of what, beside our sources, decides on the code. `before`: the user's own joint-graph passes, which
+    run first, as they would have.
     """
 
     def __init__(self, decisions: str, before: Sequence[Any] = ()) -> None:
@@ -250,7 +250,7 @@ class FP6Pass(CustomGraphPass):
         _leftovers.apply(graph)
 
     def uuid(self) -> Any | None:
-        """Part of Inductor's cache key: all our sources (the key does not cover lowerings, kernels and tuned tables), and `decisions`."""
+        """Part of Inductor's cache key: `decisions`, and our sources and tuned tables, which the key does not cover."""
         theirs = [graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None for graph_pass in self.before]
         if None in theirs:
             return None  # Inductor does not cache graphs that went through a pass it cannot name.

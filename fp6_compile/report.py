@@ -100,7 +100,7 @@ _reports: deque[Report] = deque(maxlen=1000)
 
 
 def reports() -> list[Report]:
-    """The reports of the graphs that this backend compiled since the last torch._dynamo.reset(), the newest 1,000, oldest first."""
+    """The reports of all graphs compiled since the last torch._dynamo.reset(), or of the newest thousand, oldest first."""
     return list(_reports)
 
 

@@ -8,16 +8,15 @@ own planes there from then on: it takes no more memory than before.
 The parameter stays the user's own, and they may change it after compilation: `copy_`, `load_state_dict`, an optimizer step,
 `p.data = ...`, `module.weight = nn.Parameter(...)`. None of that fails a Dynamo guard, so every call asks each packed weight
 whether it still belongs to what it was made from: the same tensor, the same storage, the same version. If not, the new
-values are quantized. What a call has to know lies in one `Packing`, which never changes: a call takes the newest one, reads it
-to the end, and is right whatever other threads write meanwhile.
+values are quantized. What a call needs to know is one object that never changes: a call that has it is right to its end,
+whatever other threads write meanwhile.
 
 The planes are an attribute of their parameters and live exactly as long: graphs, which Dynamo keeps, do not hold them. There
 is no weak reference to a parameter either, because `Module._apply` swaps tensors and refuses those that have one.
 
-Some kinds of change leave no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the
-`p.data += delta` of some LoRA merges (autograd's own check misses it too), through NumPy, DLPack or the storage, or by a kernel
-that bypasses the dispatcher. For those there is `refresh(model)`. Fused optimizers are such kernels: every optimizer's step
-marks what it has stepped.
+Some changes leave no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the `p.data += delta` of
+some LoRA merges (autograd's own check misses it, too), through NumPy, DLPack or the storage, or by a kernel that raises no
+version. For those there is `refresh(model)`. Fused optimizers are such kernels: every optimizer's step marks what it stepped.
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -39,9 +39,8 @@ from fp6_compile.formats import get_format
 from fp6_compile.kernels.cpu import quantize as cpu
 from fp6_compile.packing import CPU, pack
 from fp6_compile.quantize import quantize
-from fp6_compile.report import count
+from fp6_compile.report import Refresh, count, publish_refresh
 
-_ATTRIBUTE = "_fp6_planes"
 # A weight that is written while it is read is read again, so often.
 _ATTEMPTS = 10
 
@@ -70,26 +69,24 @@ class PackSpec:
     device: torch.device
 
 
-class Stamp:
-    """The state of a parameter: which tensor it is, in which storage, and how often it was written."""
+class Stamp(NamedTuple):
+    """The state of a parameter: which tensor it is, how often it was written, in which storage it is and where."""
 
-    __slots__ = ("address", "owner", "storage", "version")
+    owner: int
+    version: int
+    storage: int
+    address: int
+    # Weak, or the float weight could never be freed. But held: while it is, no other storage can get its identity.
+    reference: StorageWeakRef
 
-    def __init__(self, parameter: Tensor) -> None:
-        self.owner = id(parameter)
-        self.version = parameter._version
-        # Weak, or the float weight could never be freed. But held: while it is, no other storage can get its identity.
-        self.storage = StorageWeakRef(parameter.untyped_storage())
-        self.address = parameter.data_ptr()
+    @classmethod
+    def of(cls, parameter: Tensor) -> Stamp:
+        storage = StorageWeakRef(parameter.untyped_storage())
+        return cls(id(parameter), parameter._version, storage.cdata, parameter.data_ptr(), storage)
 
     def fits(self, parameter: Tensor) -> bool:
-        """Whether `parameter` is still in this state. Runs for every weight of every call: keep it small."""
-        return (
-            self.owner == id(parameter)
-            and self.version == parameter._version
-            and self.storage.cdata == parameter.untyped_storage()._cdata
-            and self.address == parameter.data_ptr()
-        )
+        """Whether `parameter` is still in this state."""
+        return self[:4] == Stamp.of(parameter)[:4]
 
 
 class Packing(NamedTuple):
@@ -143,9 +140,8 @@ class Planes:
 
     def forget(self, parameter: Tensor) -> None:
         """Make what was made of `parameter` stale."""
-        for stamp in self.packing.stamps:
-            if stamp.owner == id(parameter):
-                stamp.version = -1
+        stamps = (s._replace(version=-1) if s.owner == id(parameter) else s for s in self.packing.stamps)
+        self.packing = self.packing._replace(stamps=tuple(stamps))
 
     def _read(
         self, parameters: Sequence[Tensor], old: Packing | None, event: str
@@ -166,7 +162,7 @@ class Planes:
     def _quantized(self, parameter: Any, name: str) -> tuple[Stamp, tuple[Tensor, ...]]:
         """Of one state of the parameter, even if somebody writes it meanwhile: then of the one after."""
         for _ in range(_ATTEMPTS):
-            stamp = Stamp(parameter)
+            stamp = Stamp.of(parameter)
             if is_packed(parameter):
                 return stamp, (*parameter.planes, parameter.scale)
             value = parameter.detach().clone()
@@ -222,19 +218,36 @@ def _fill(old: Sequence[tuple[Tensor, ...]], new: Sequence[tuple[Tensor, ...]], 
     torch.cuda.synchronize(device)
 
 
-class _Table(dict[str, Planes]):
-    """The planes of one parameter, by key. Not part of it where it is pickled or copied."""
+class _Table:
+    """The planes of one parameter, by how and with which others it is packed, and the calls that it is the first weight of.
+
+    Not part of the parameter where that is pickled or copied.
+    """
+
+    def __init__(self) -> None:
+        self.planes: dict[tuple[PackSpec, tuple[str, ...]], Planes] = {}
+        self.calls: dict[WeightInputs, _Call] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return dict, ()
+        return OrderedDict, ()  # which torch.load takes with weights_only, too
 
 
-_tables: WeakValueDictionary[int, _Table] = WeakValueDictionary()
+_tables: WeakSet[_Table] = WeakSet()
+
+
+def _table(parameter: Tensor) -> _Table:
+    table = getattr(parameter, "_fp6_table", None)
+    if not isinstance(table, _Table):
+        table = _Table()
+        parameter._fp6_table = table  # type: ignore[attr-defined]
+        _tables.add(table)
+    return table
 
 
 def planes_of(parameter: Tensor) -> list[Planes]:
     """All planes that have rows of `parameter`."""
-    return list(dict.fromkeys(getattr(parameter, _ATTRIBUTE, {}).values()))
+    table = getattr(parameter, "_fp6_table", None)
+    return list(dict.fromkeys(table.planes.values())) if isinstance(table, _Table) else []
 
 
 def packed_planes(parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str]) -> Planes:
@@ -242,9 +255,9 @@ def packed_planes(parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[
 
     Raises ValueError if a parameter cannot be quantized.
     """
-    key = _key(spec, names)
+    key = spec, tuple(names)
     with _lock:
-        tables = [_table(parameter) for parameter in parameters]
+        tables = [_table(parameter).planes for parameter in parameters]
         known = (planes for table in tables for planes in table.values())
         planes = next((p for p in known if p.spec == spec and p.belong_to(parameters)), None)
         if planes is None:  # some of the parameters may have been packed with others, which these replace
@@ -255,49 +268,67 @@ def packed_planes(parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[
         return planes
 
 
-def _key(spec: PackSpec, names: Sequence[str]) -> str:
-    return repr((spec, tuple(names)))  # a string, because a string knows its hash: it is looked up at every call
+class _Call(NamedTuple):
+    """What a call whose weights have not changed needs: the tensors, and what to compare with which of its arguments."""
+
+    checks: list[tuple[int, int, int, int, int]]  # position, then the first four of a Stamp
+    tensors: list[Tensor]
+    stamps: list[Stamp]  # only to be held
 
 
-def _table(parameter: Tensor) -> _Table:
-    table = getattr(parameter, _ATTRIBUTE, None)
-    if not isinstance(table, _Table):
-        table = _Table()
-        setattr(parameter, _ATTRIBUTE, table)
-        _tables[id(table)] = table
-    return table
+class WeightInputs:
+    """The sets of planes among the inputs of a compiled graph, and their parameters among Dynamo's inputs."""
 
+    def __init__(self) -> None:
+        self.specs: list[PackSpec] = []
+        self._sets: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
 
-class WeightInput:
-    """The place of one set of planes among the inputs of a compiled graph, and of its parameters among Dynamo's."""
+    def add(self, positions: Sequence[int], planes: Planes) -> None:
+        """One more set, and where its parameters are among Dynamo's inputs."""
+        self._sets.append((tuple(positions), planes.names))
+        self.specs.append(planes.spec)
 
-    def __init__(self, positions: Sequence[int], planes: Planes) -> None:
-        self.positions = tuple(positions)
-        self.spec, self.names = planes.spec, planes.names
-        self._key = _key(planes.spec, planes.names)
+    def tensors(self, args: Sequence[Any]) -> list[Tensor]:
+        """(*planes, scale) of all sets, of the parameters that this call passes, refreshed if they have changed.
 
-    def tensors(self, args: Sequence[Tensor], seconds: dict[str, float]) -> tuple[Tensor, ...]:
-        """(*planes, scale) of the parameters that this call passes among `args`, refreshed if they have changed.
-
-        `seconds` gets what each refreshed weight took. Raises ValueError if new values cannot be quantized.
+        Raises ValueError if new values cannot be quantized.
         """
-        positions = self.positions
+        if not self._sets:
+            return []
         try:
-            packing = getattr(args[positions[0]], _ATTRIBUTE)[self._key].packing
+            checks, tensors, _ = args[self._sets[0][0][0]]._fp6_table.calls[self]
         except (AttributeError, KeyError):
-            return self._catch_up(args, seconds)
-        for stamp, position in zip(packing.stamps, positions):  # noqa: B905  (strict= costs as much as the comparison)
-            if not stamp.fits(args[position]):
-                return self._catch_up(args, seconds)
-        return packing.tensors
+            return self._catch_up(args)
+        for position, owner, version, storage, address in checks:
+            parameter = args[position]
+            if (
+                version != parameter._version
+                or storage != parameter.untyped_storage()._cdata
+                or address != parameter.data_ptr()
+                or owner != id(parameter)
+            ):
+                return self._catch_up(args)
+        return tensors
 
-    def _catch_up(self, args: Sequence[Tensor], seconds: dict[str, float]) -> tuple[Tensor, ...]:
-        # Dynamo runs one graph for all layers that look alike: then each has its own planes.
-        parameters = [args[position] for position in self.positions]
+    def _catch_up(self, args: Sequence[Any]) -> list[Tensor]:
+        """Dynamo runs one graph for all layers that look alike, and each has planes of its own."""
+        call = _Call([], [], [])
+        seconds: dict[str, float] = {}
         with _lock:
-            planes = packed_planes(parameters, self.spec, self.names)
-            seconds |= planes.refresh(parameters)
-            return planes.packing.tensors
+            first = _table(args[self._sets[0][0][0]])
+            first.calls.pop(self, None)  # it holds the old planes
+            for (positions, names), spec in zip(self._sets, self.specs, strict=True):
+                parameters = [args[position] for position in positions]
+                planes = packed_planes(parameters, spec, names)
+                seconds |= planes.refresh(parameters)
+                tensors, _, stamps = planes.packing
+                call.tensors.extend(tensors)
+                call.stamps.extend(stamps)
+                call.checks.extend((position, *stamp[:4]) for position, stamp in zip(positions, stamps, strict=True))
+            first.calls[self] = call
+        if seconds:
+            publish_refresh(Refresh(seconds))
+        return call.tensors
 
 
 def refresh(model: torch.nn.Module) -> None:
@@ -307,9 +338,11 @@ def refresh(model: torch.nn.Module) -> None:
 
 def _forget(parameters: Iterable[Tensor]) -> None:
     with _lock:  # a refresh that has begun would forget that it should begin again
-        for parameter in parameters:
-            for planes in planes_of(parameter):
-                planes.forget(parameter)
+        forgotten = [(planes, parameter) for parameter in parameters for planes in planes_of(parameter)]
+        for planes, parameter in forgotten:
+            planes.forget(parameter)
+        for table in list(_tables) if forgotten else ():
+            table.calls.clear()
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -322,5 +355,6 @@ register_optimizer_step_post_hook(_after_step)
 
 def forget_weights() -> None:
     """Drop the planes of all parameters."""
-    for table in list(_tables.values()):
-        table.clear()
+    for table in list(_tables):
+        table.planes.clear()
+        table.calls.clear()
