@@ -16,7 +16,8 @@ is no weak reference to a parameter either, because `Module._apply` swaps tensor
 
 Some changes leave no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the `p.data += delta` of
 some LoRA merges (autograd's own check misses it, too), through NumPy, DLPack or the storage, or by a kernel that raises no
-version. For those there is `refresh(model)`. Fused optimizers are such kernels: every optimizer's step marks what it stepped.
+version. For those there is `refresh(model)`. Fused optimizers are such kernels, so every optimizer's step marks what it has
+stepped.
 """
 
 from __future__ import annotations

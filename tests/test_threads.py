@@ -1,4 +1,4 @@
-"""Threads may compile first at the same moment, and read while others write: no output is of half a weight, and none stale."""
+"""Threads may compile first at the same moment, and read while others write: no output is of half a weight, none is stale."""
 
 import resource
 import subprocess
