@@ -25,10 +25,9 @@ from fp6_compile.calibration.state import Done, State, digest, text_digest
 from fp6_compile.config import Options
 from fp6_compile.formats import AUTO, DEFAULT, FORMATS, get_format
 from fp6_compile.model import Values, is_weight, keep, refusal
-from fp6_compile.places import Place, places
+from fp6_compile.places import Place, places, usable
 from fp6_compile.quantize import Grid
 from fp6_compile.report import LinearReport, Report, log_report, progress
-from fp6_compile.storage import folder_entries
 from fp6_compile.tensor import PackedTensor
 
 
@@ -109,11 +108,9 @@ class _Run:
         equalize: float | None,
     ) -> None:
         self.model, self.algorithm, self.grid, self.options = model, algorithm, grid, options
-        self.target = (
-            torch.device(device) if device is not None else torch.device("cpu") if source is not None else None
-        )
+        self.target = usable(device) or (torch.device("cpu") if source is not None else None)
         self.places = places(model)
-        self.values = Values(self.places, {} if source is None else folder_entries(source), self.target)
+        self.values = Values(self.places, source, self.target)
         self.refusals = {id(p): refusal(p, options, self.target) for p in self.places if is_weight(p, options)}
         self.equalize = equalize
         self.lines: dict[str, LinearReport] = {}
