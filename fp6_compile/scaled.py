@@ -24,6 +24,8 @@ from torch import Tensor
 from fp6_compile.files import member, read_json, reason, short
 from fp6_compile.storage import Entry, folder_entries
 
+# Where a config.json speaks of it.
+QUANTIZATION = ("quantization_config", "compression_config")
 # Inputs and outputs that share a scale; None is all of them.
 Block = tuple[int | None, int | None]
 _TENSOR: Block = (None, None)
@@ -103,9 +105,7 @@ def quantization(folder: Path) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise ValueError(f"fp6: cannot read {folder / 'config.json'}: {reason(error)}") from error
-    found = (
-        [config.get(key) for key in ("quantization_config", "compression_config")] if isinstance(config, dict) else []
-    )
+    found = [config.get(key) for key in QUANTIZATION] if isinstance(config, dict) else []
     said = next((value for value in found if value is not None), None)
     if said is not None and not isinstance(said, dict):
         raise ValueError(f"fp6: {folder / 'config.json'}: quantization_config is no table")

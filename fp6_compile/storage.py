@@ -190,7 +190,8 @@ def write(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:
         for data in (len(text).to_bytes(8, "little"), text):
             file.write(data)
             digest.update(data)
@@ -214,7 +215,8 @@ def sha256(file: Path) -> str:
 def replace(path: Path, text: str) -> None:
     """Put `text` at `path`, atomically and on the disk: whoever looks sees the old file or the new one."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w") as file:
+    partial.unlink(missing_ok=True)
+    with partial.open("x") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
