@@ -24,17 +24,18 @@ def read_config(folder: Path, trust_remote_code: bool) -> Any:
         raise ValueError(f"{folder} has no config.json: not a transformers model folder") from error
     except ValueError as error:
         raise ValueError(f"cannot read {folder / 'config.json'}: {reason(error)}") from error
+    return load(transformers.AutoConfig, folder, trust_remote_code)
+
+
+def load(cls: Any, folder: Path, trust_remote_code: bool) -> Any:
+    """What `cls.from_pretrained` makes of the folder, for an Auto class of transformers. ValueError as of `read_config`."""
     try:
-        return transformers.AutoConfig.from_pretrained(
-            str(folder), trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        return cls.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # whatever a configuration makes transformers' classes raise
         if not trust_remote_code and "trust_remote_code" in str(error):
-            raise ValueError(
-                f"{folder} needs Python code that it brings along; --trust-remote-code runs it, if you trust it"
-            ) from error
+            raise ValueError(_needs_code(folder)) from error
         why = f"{type(error).__name__}: {short(error)}"
-        raise ValueError(f"{folder / 'config.json'}: transformers cannot read it: {why}") from error
+        raise ValueError(f"{folder}: transformers' {cls.__name__} cannot read it: {why}") from error
 
 
 def empty_model(folder: Path, dtype: str, trust_remote_code: bool) -> nn.Module:
@@ -75,6 +76,10 @@ def _maker(config: Any, folder: Path, trust_remote_code: bool) -> Any:
             f"{folder} needs Python code that it brings along; --trust-remote-code runs it, if you trust it"
         )
     return lambda config: getattr(transformers, auto).from_config(config, trust_remote_code=True)
+
+
+def _needs_code(folder: Path) -> str:
+    return f"{folder} needs Python code that it brings along; --trust-remote-code runs it, if you trust it"
 
 
 def _transformers() -> Any:
