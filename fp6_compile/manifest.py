@@ -168,12 +168,12 @@ def _check_version(said: Any, where: str) -> None:
         raise CheckpointError(f"fp6: {where} gives no version: not written by fp6_compile, or damaged")
     if version != VERSION:
         raise CheckpointError(
-            f"fp6: {where} is of version {version}, this fp6_compile reads version {VERSION}; "
+            f"fp6: {where} is of version {short(version)}, this fp6_compile reads version {VERSION}; "
             "use the one that wrote it, or quantize the model anew"
         )
     if said.get("layout") != PLANES:
         raise CheckpointError(
-            f"fp6: {where} has planes in layout {said.get('layout')!r}, this fp6_compile reads {PLANES!r}"
+            f"fp6: {where} has planes in layout {short(said.get('layout'))!r}, this fp6_compile reads {PLANES!r}"
         )
 
 
