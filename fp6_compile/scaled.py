@@ -87,9 +87,9 @@ def stored(folder: str | os.PathLike[str], names: Iterable[str]) -> dict[str, En
     for name, suffixes in _companions(entries, names).items():
         weight = entries[name]
         if weight.dtype not in _EIGHT_BITS or suffixes not in (["_scale"], ["_scale_inv"]):
-            known = "read are F8_E4M3, F8_E5M2 and I8 with a _scale or _scale_inv"
             raise ValueError(
-                f"fp6: {short(name)} is {weight.dtype} with {', '.join(map(short, suffixes))} in source; {known}"
+                f"fp6: {short(name)} is {weight.dtype} with {', '.join(map(short, suffixes))} in source; "
+                f"read are {', '.join(_EIGHT_BITS)} with a _scale or _scale_inv"
             )
         scale = entries[name + suffixes[0]]
         found[name] = Scaled(weight, scale, _block(weight, scale, blocks))
@@ -139,9 +139,7 @@ def _compressed(config: Mapping[str, Any]) -> list[Block]:
     groups = list(config["config_groups"].values())
     formats = {about.get("format") or config.get("format") for about in groups}
     if other := [format for format in formats if str(format) not in _COMPRESSED]:
-        raise ValueError(
-            f"fp6: source: format {short(other[0])!r} of compressed-tensors is not read, {list(_COMPRESSED)} are"
-        )
+        raise ValueError(f"fp6: source: compressed-tensors in format {short(other[0])!r}; read are {list(_COMPRESSED)}")
     sparse = (config.get("sparsity_config") or {}).get("format") or "dense"
     if sparse != "dense" or config.get("transform_config"):
         raise ValueError("fp6: source: sparse and transformed weights of compressed-tensors are not read")

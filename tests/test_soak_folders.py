@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import fp6_compile
-from fp6_compile import PackedTensor, manifest
+from fp6_compile import CheckpointError, PackedTensor, manifest
 from fp6_compile.lowrank import LowRankLinear, grow
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
@@ -324,7 +324,7 @@ def _assert_source(model: nn.Module, folder: Path) -> None:
             size = said and said.get("weight_block_size")
             block = size or ([1, 128] if scale.numel() > 1 else [128, 128])
             assert list(scale.view(-1, 1).shape if size is None else scale.shape) == [
-                -(-n // b) for n, b in zip(true.shape, block)
+                -(-n // b) for n, b in zip(true.shape, block, strict=True)
             ]
             true = (
                 true
@@ -346,11 +346,12 @@ def _assert_source(model: nn.Module, folder: Path) -> None:
 
 def _fingerprint(model: nn.Module) -> list:
     """Classes, names, tensors, and their values: anything that a load could change."""
-    return [
-        (type(module), list(registry), [(id(t), None if t is None or t.is_meta else t.detach().numpy().tobytes()) for t in registry.values()])
-        for module in model.modules()
-        for registry in (module._parameters, module._buffers)
-    ]  # fmt: skip
+
+    def about(tensor):
+        return id(tensor), None if tensor is None or tensor.is_meta else tensor.detach().numpy().tobytes()
+
+    registries = [(type(m), registry) for m in model.modules() for registry in (m._parameters, m._buffers)]
+    return [(kind, [*registry], [about(tensor) for tensor in registry.values()]) for kind, registry in registries]
 
 
 @contextlib.contextmanager
@@ -365,6 +366,16 @@ def _time_limit():
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _outcome(work, *arguments) -> BaseException | None:
+    """What it raises, if anything; a TimeoutError if it hangs."""
+    try:
+        with _time_limit():
+            work(*arguments)
+    except BaseException as error:
+        return error
+    return None
 
 
 KINDS = {
@@ -387,22 +398,16 @@ def _soak(kind: str, seeds: range, tmp_path: Path) -> dict[str, int]:
             _sign(folder)
         model = rng.choice((_model, _empty_model))()
         before = _fingerprint(model)
-        try:
-            with _time_limit():
-                load(model, folder)
-        except (ValueError, FileNotFoundError) as error:
-            assert kind == "source" or isinstance(error, fp6_compile.CheckpointError), (seed, error)
-            assert 10 < len(str(error)) < 1000, (seed, error)
-            assert _fingerprint(model) == before, (seed, error)
-            counts["refused"] += 1
-        except BaseException as error:
-            raise AssertionError(f"seed {seed}: {type(error).__name__}") from error
-        else:
-            try:
-                check(model, folder)
-            except BaseException as error:
-                raise AssertionError(f"seed {seed}: not what the folder declares") from error
+        error = _outcome(load, model, folder)
+        if error is None:
+            check(model, folder)
             counts["as declared"] += 1
+            continue
+        allowed = CheckpointError if kind == "checkpoint" else (ValueError, FileNotFoundError)
+        assert isinstance(error, allowed), (seed, repr(error))
+        assert 10 < len(str(error)) < 1000, (seed, error)
+        assert _fingerprint(model) == before, (seed, error)
+        counts["refused"] += 1
     print(f"{kind}: {counts}")
     return counts
 
