@@ -68,10 +68,10 @@ def parse_json(text: str | bytes, where: str) -> Any:
     return value
 
 
-def short(name: object) -> str:
-    """A name for a message, which may come from a file and be of any length."""
+def short(name: object, limit: int = 120) -> str:
+    """A name or a text for a message, which may come from a file and be of any length."""
     text = str(name)
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+    return text if len(text) <= limit else f"{text[: limit - 20]}... ({len(text)} characters)"
 
 
 def reason(error: Exception) -> str:

@@ -34,7 +34,7 @@ def load(cls: Any, folder: Path, trust_remote_code: bool) -> Any:
     except Exception as error:  # whatever a configuration makes transformers' classes raise
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise ValueError(_needs_code(folder)) from error
-        why = f"{type(error).__name__}: {short(error)}"
+        why = f"{type(error).__name__}: {short(error, 400)}"
         raise ValueError(f"{folder}: transformers' {cls.__name__} cannot read it: {why}") from error
 
 
@@ -51,7 +51,7 @@ def empty_model(folder: Path, dtype: str, trust_remote_code: bool) -> nn.Module:
         try:
             model: nn.Module = make(config)
         except Exception as error:  # of sizes that do not go together, of the folder's own code, ...
-            why = f"{type(error).__name__}: {short(error)}"
+            why = f"{type(error).__name__}: {short(error, 400)}"
             raise ValueError(f"{folder / 'config.json'}: no model can be made of it: {why}") from error
         finally:
             torch.set_default_dtype(before)
