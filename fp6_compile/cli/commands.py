@@ -96,18 +96,19 @@ def _copy(file: Path, target: Path) -> None:
 def _being_made(target: Path) -> Iterator[None]:
     """DST holds a mark until it is whole: what an interrupted run left there is no obstacle, and is removed."""
     mark, is_new = target / _UNFINISHED, not target.exists()
-    target.mkdir(parents=True, exist_ok=True)
-    mark.touch()
     try:
+        target.mkdir(parents=True, exist_ok=True)
+        mark.touch()
         _remove_files(target, but=mark)
         yield
-    except BaseException:
-        _remove_files(target, but=mark)
         mark.unlink()
-        if is_new:
-            target.rmdir()
+    except BaseException:
+        if target.exists():
+            _remove_files(target, but=mark)
+            mark.unlink(missing_ok=True)
+            if is_new:
+                target.rmdir()
         raise
-    mark.unlink()
 
 
 def _remove_files(folder: Path, but: Path) -> None:
