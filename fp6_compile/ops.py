@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.config import supports
@@ -161,17 +163,54 @@ def _(x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: s
     return x.new_empty(*x.shape[:-1], scale.shape[1])
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, planes, scale, *how = inputs
-    ctx.save_for_backward(*planes, scale)
-    ctx.how, ctx.k = how, x.shape[-1]  # type: ignore[attr-defined]
+class _MM(torch.autograd.Function):
+    """fp6::mm where x wants its gradient. Planes and scale are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, planes: Sequence[Tensor], scale: Tensor, *how: Any) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(*planes, scale)
+        ctx.how, ctx.k = how, x.shape[-1]
+        return _below_autograd(x, planes, scale, *how)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        *planes, scale = ctx.saved_tensors
+        w = torch.ops.fp6.dequantize(planes, scale, *ctx.how, ctx.k, grad.dtype)
+        return grad @ w, *[None] * (2 + len(ctx.how))
 
 
-def _grad_of_x(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Any, ...]:
-    *planes, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-    format, layout, group_size = ctx.how  # type: ignore[attr-defined]
-    w = torch.ops.fp6.dequantize(planes, scale, format, layout, group_size, ctx.k, grad.dtype)  # type: ignore[attr-defined]
-    return grad @ w, [None] * len(planes), None, None, None, None
+def _mm_for_autograd(x: Tensor, *packed: Any) -> Tensor:
+    """fp6::mm with all of torch's derivatives: the usual one of x, forward-mode ones, and those of torch.func."""
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return F.linear(x, torch.ops.fp6.dequantize(*packed, x.shape[-1], x.dtype))
+    if x.requires_grad and torch.is_grad_enabled():
+        return _MM.apply(x, *packed)
+    return _below_autograd(x, *packed)
 
 
-torch.library.register_autograd("fp6::mm", _grad_of_x, setup_context=_save, lib=_lib)
+def _below_autograd(x: Tensor, *packed: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fp6.mm.default(x, *packed)
+
+
+_lib.impl("mm", _mm_for_autograd, "Autograd")
+
+
+@torch.library.register_vmap("fp6::mm", lib=_lib)
+def _(info: Any, in_dims: Any, x: Tensor, *packed: Any) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in tree_leaves(in_dims[1:])):
+        return _one_by_one(torch.ops.fp6.mm, info.batch_size, in_dims, (x, *packed))
+    return torch.ops.fp6.mm(x.movedim(in_dims[0], 0), *packed), 0
+
+
+@torch.library.register_vmap("fp6::dequantize", lib=_lib)
+def _(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    return _one_by_one(torch.ops.fp6.dequantize, info.batch_size, in_dims, args)
+
+
+def _one_by_one(op: Any, count: int, in_dims: Any, args: Any) -> tuple[Tensor, int]:
+    """`op` of weights that are vmapped over."""
+    flat, spec = tree_flatten(args)
+    dims = tree_leaves(in_dims)
+    calls = ([a if d is None else a.select(d, i) for a, d in zip(flat, dims, strict=True)] for i in range(count))
+    return torch.stack([op(*tree_unflatten(call, spec)) for call in calls]), 0
