@@ -28,6 +28,7 @@ Packed models as files and objects:
     tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
     lowrank     what quantization may add to a linear: low-rank factors, a bias
     dispatch    what such a weight can do beside multiplying
+    writes      threads that read a weight which another one writes
     storage     safetensors folders, one tensor at a time
     places      a model's tensors and all their names
     model       quantize_: a model's linears in place, one by one

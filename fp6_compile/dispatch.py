@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from fp6_compile.formats import get_format
 from fp6_compile.packing import layout_for, pack
+from fp6_compile.writes import undisturbed, writing
 
 if TYPE_CHECKING:
     from fp6_compile.tensor import PackedTensor
@@ -61,8 +62,14 @@ def _alias(func: Any, args: Any, kwargs: Any) -> Tensor:
 def _viewed(func: Any, args: Any, kwargs: Any, **changes: Any) -> Tensor:
     """A view of the weight args[0]; one of an ordinary tensor is an ordinary tensor in inference mode, too."""
     with torch.inference_mode(args[0].is_inference()):
-        out = args[0].map(lambda t: t, **changes)
+        out = _same_planes(args[0], **changes)
     return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def _same_planes(weight: PackedTensor, **changes: Any) -> PackedTensor:
+    out = weight.map(lambda t: t, **changes)
+    out.is_part = weight.is_part
+    return out
 
 
 @_implements(aten.view.default, aten._unsafe_view.default)
@@ -75,7 +82,7 @@ def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 @_implements(aten.clone.default)
 def _clone(func: Any, args: Any, kwargs: Any) -> Tensor:
-    return args[0].map(torch.clone)
+    return undisturbed(args[0].map)(torch.clone)
 
 
 @_implements(aten._to_copy.default)
@@ -86,7 +93,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"fp6: {weight!r} cannot become {dtype}, only float16, bfloat16 or float32")
     how = {"device": device, "non_blocking": kwargs.get("non_blocking") or False, "copy": True}
-    copy = weight.map(lambda t: t.to(**how), dtype=dtype)
+    copy = undisturbed(weight.map)(lambda t: t.to(**how), dtype=dtype)
     return copy if device.type == "meta" else copy.repack(layout_for(device, dtype, get_format(weight.spec.format)))
 
 
@@ -100,9 +107,15 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
             "group_size and dtype are copied in place. load_state_dict(..., assign=True) replaces weights; "
             "PackedTensor.quantize(weight) packs one"
         )
+    if target.is_part:
+        raise ValueError(
+            f"fp6: cannot copy into {target!r}: it is cut out of another packed weight, which the copy would not reach. "
+            "Write all of that weight, or a .clone() of the part"
+        )
     source = source.repack(target.spec.layout)
-    for mine, theirs in zip((*target.planes, target.scale), (*source.planes, source.scale), strict=True):
-        mine.copy_(theirs)
+    with writing():
+        for mine, theirs in zip((*target.planes, target.scale), (*source.planes, source.scale), strict=True):
+            mine.copy_(theirs)
     return target
 
 
@@ -115,6 +128,7 @@ def _describe(value: Tensor) -> str:
 
 
 @_implements(aten.equal.default)
+@undisturbed
 def _equal(func: Any, args: Any, kwargs: Any) -> bool:
     one, other = args
     if not (_is_packed(one) and _is_packed(other)) or _meaning(one) != _meaning(other) or one.shape != other.shape:
@@ -159,10 +173,11 @@ def _cut(weight: PackedTensor, dim: int, start: int, stop: int, step: int) -> Te
         return _part(weight, (dim == 0) != weight.spec.transposed, start, stop)
 
 
+@undisturbed
 def _part(weight: PackedTensor, rows: bool, start: int, stop: int) -> Tensor:
     spec = weight.spec
     if (start, stop) == (0, weight.scale.shape[1] if rows else spec.k):
-        return weight.map(lambda t: t)
+        return _same_planes(weight)
     codes, scale, size = weight.codes(), weight.scale, spec.group_size
     if rows:
         codes, scale = codes[start:stop], scale[:, start:stop].contiguous()
@@ -176,7 +191,9 @@ def _part(weight: PackedTensor, rows: bool, start: int, stop: int) -> Tensor:
             scale = scale[start // size : -(-stop // size)].contiguous()
         codes = codes[:, start:stop]
     planes = pack(codes, get_format(spec.format), spec.layout)
-    return type(weight)(planes, scale.clone(), spec._replace(k=codes.shape[1]))
+    part = type(weight)(planes, scale.clone(), spec._replace(k=codes.shape[1]))
+    part.is_part = True
+    return part
 
 
 @_implements(aten.mm.default)

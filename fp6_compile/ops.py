@@ -70,10 +70,18 @@ def mm_by_rows(
     """`x @ W.T` with x [*, K] -> [*, N], a block of rows of W at a time. Any device, layout, strides and group size."""
     k, n = x.shape[-1], scale.shape[1]
     out = x.new_empty(*x.shape[:-1], n)
+    if x.dtype == torch.float16 and x.device.type == "cpu" and _beyond_fp16(scale, format):
+        x = x.float()
     for index, rows in _row_blocks(n, k, rows_per_index(layout)):
         w = dequantize([plane[index] for plane in planes], scale[:, rows], format, layout, group_size, k, x.dtype)
         out[..., rows] = F.linear(x, w)
     return out
+
+
+def _beyond_fp16(scale: Tensor, format: str) -> bool:
+    """Whether weights may be larger than any FP16 number, so that sums of their products would be NaN instead of infinite."""
+    largest = scale.abs().max() if scale.numel() else 0
+    return bool(largest * get_format(format).max > torch.finfo(torch.float16).max)
 
 
 def mm_on_gpu(

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fp6_compile import slabs
 from fp6_compile.formats import Format
+from fp6_compile.quantize import row_blocks
 from fp6_compile.slabs import BLOCK_K, ROWS, SLABS
 
 PLANES = "planes.v1"
@@ -71,6 +72,15 @@ def unpack(planes: Sequence[Tensor], fmt: Format, layout: str, n: int, k: int) -
     else:
         codes = slabs.unpack(planes, fmt, _lane_dtype(layout))
     return codes[:n, :k]
+
+
+def repack(planes: Sequence[Tensor], fmt: Format, source: str, target: str, n: int, k: int) -> list[Tensor]:
+    """Planes of a weight [n, k] in layout `source`, in layout `target`: some rows at a time."""
+    made, per_index = Rows(n, target), rows_per_index(source)
+    for rows in row_blocks(n, k, planes[0].device, max(per_index, rows_per_index(target))):
+        block = [plane[rows.start // per_index : -(-rows.stop // per_index)] for plane in planes]
+        made.put(rows, pack(unpack(block, fmt, source, rows.stop - rows.start, k), fmt, target))
+    return made.tensors
 
 
 class Rows:

@@ -27,8 +27,9 @@ from torch import Tensor
 from fp6_compile import dispatch, lowerings, ops  # noqa: F401  (ops defines fp6::mm)
 from fp6_compile.formats import AUTO, DEFAULT, get_format
 from fp6_compile.kernels.cpu import quantize as cpu
-from fp6_compile.packing import CPU, PLANES, Rows, layout_for, pack, plane_names, rows_per_index, unpack
+from fp6_compile.packing import CPU, PLANES, Rows, layout_for, pack, plane_names, repack, rows_per_index, unpack
 from fp6_compile.quantize import check_finite, choose_format, quantize, row_blocks
+from fp6_compile.writes import undisturbed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -55,6 +56,7 @@ class PackedTensor(Tensor):
 
     spec: Spec
     scale: Tensor
+    is_part = False  # cut out of another weight: a copy of its codes, so that writing it would not reach that weight
 
     @staticmethod
     def __new__(cls, planes: Sequence[Tensor], scale: Tensor, spec: Spec) -> PackedTensor:
@@ -134,29 +136,29 @@ class PackedTensor(Tensor):
         """Bytes of planes and scales; `nbytes` are those of the weight it stands for."""
         return sum(tensor.nbytes for tensor in (*self.planes, self.scale))
 
+    @undisturbed
     def codes(self) -> Tensor:
         """The codes [N, K] (uint8), whether it is transposed or not."""
         spec = self.spec
         return unpack(self.planes, get_format(spec.format), spec.layout, self.scale.shape[1], spec.k)
 
+    @undisturbed
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as an ordinary tensor, of its own dtype unless another is given: value times scale, rounded once."""
         how = (self.spec.format, self.spec.layout, self.spec.group_size, self.spec.k, dtype or self.dtype)
         weight = torch.ops.fp6.dequantize(self.planes, self.scale, *how)
         return weight.t() if self.spec.transposed else weight
 
+    @undisturbed
     def repack(self, layout: str) -> PackedTensor:
         """The same weight with its planes in another layout of `packing.LAYOUTS`."""
-        if layout == self.spec.layout:
+        spec, n = self.spec, self.scale.shape[1]
+        if layout == spec.layout:
             return self
-        fmt, spec, n = get_format(self.spec.format), self.spec, self.scale.shape[1]
-        if (fast := cpu.repack(self.planes, spec.layout, layout, n, spec.k)) is not None:
-            return PackedTensor(fast, self.scale, spec._replace(layout=layout))
-        planes, per_index = Rows(n, layout), rows_per_index(spec.layout)
-        for rows in row_blocks(n, spec.k, self.device, max(per_index, rows_per_index(layout))):
-            block = [plane[rows.start // per_index : -(-rows.stop // per_index)] for plane in self.planes]
-            planes.put(rows, pack(unpack(block, fmt, spec.layout, rows.stop - rows.start, spec.k), fmt, layout))
-        return PackedTensor(planes.tensors, self.scale, spec._replace(layout=layout))
+        planes = cpu.repack(self.planes, spec.layout, layout, n, spec.k)
+        if planes is None:
+            planes = repack(self.planes, get_format(spec.format), spec.layout, layout, n, spec.k)
+        return PackedTensor(planes, self.scale.clone(), spec._replace(layout=layout))
 
     def move_to(self, planes: Sequence[Tensor], scale: Tensor) -> None:
         """Read the same weight from `planes` and `scale` from now on, which are rows of larger ones; merging.py says why.
@@ -168,17 +170,25 @@ class PackedTensor(Tensor):
         if len(scale) == 1:
             self.scale = scale.data.view(-1).view(1, -1)  # with the strides of a scale that lies alone
 
+    @undisturbed
     def mm(self, x: Tensor) -> Tensor:
-        """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`. Autocast casts x, as it does for F.linear."""
+        """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`. Autocast casts x, as it does for F.linear.
+
+        Raises RuntimeError, as F.linear does, where x has not K features or another dtype.
+        """
+        spec = self.spec
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != self.dtype:
+        elif x.dtype != spec.dtype:
             raise RuntimeError(
-                f"fp6: x is {x.dtype} and the packed weight {self.dtype}; convert either with .to(dtype)"
+                f"fp6: x is {x.dtype} and the packed weight {spec.dtype}; convert either with .to(dtype)"
             )
-        if self.requires_grad and torch.is_grad_enabled():
+        if x.shape[-1:] != (spec.k,):  # planes are padded: fp6::mm cannot tell
+            has = f"{x.shape[-1]} features" if x.dim() else "no features"
+            raise RuntimeError(f"fp6: x has {has}, the weight [{self.scale.shape[1]}, {spec.k}] takes {spec.k}")
+        if torch.is_grad_enabled() and self.requires_grad:
             raise RuntimeError("fp6: a packed weight cannot be trained: leave requires_grad False")
-        return torch.ops.fp6.mm(x, self.planes, self.scale, self.spec.format, self.spec.layout, self.spec.group_size)
+        return torch.ops.fp6.mm(x, self.planes, self.scale, spec.format, spec.layout, spec.group_size)
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
         """Stays without: a packed weight is a constant. nn.Parameter and load_state_dict(assign=True) ask for it unasked."""
@@ -220,13 +230,13 @@ class PackedTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
         if id(self) not in memo:
-            memo[id(self)] = _as_parameter(self.map(torch.clone), self)
+            memo[id(self)] = _as_parameter(self.clone(), self)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         canonical = self.repack(PLANES)
         is_parameter = isinstance(self, torch.nn.Parameter)
-        return _rebuild, (canonical.planes, self.scale, tuple(canonical.spec), is_parameter)
+        return _rebuild, (canonical.planes, canonical.scale, tuple(canonical.spec), is_parameter)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

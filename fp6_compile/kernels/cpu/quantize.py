@@ -21,8 +21,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def quantize(weight: Tensor, fmt: Format, group_size: int | None) -> tuple[Tensor, Tensor, Tensor] | None:
     """(w4, w2, scale) of `weight` [N, K] in layout "cpu.v1", scales by absmax.
 
-    None where there is no library, for a dtype other than float16, bfloat16 and float32, an empty weight, and one with
-    values that are not finite: the caller's own way handles these.
+    None where there is no library, for a dtype other than float16, bfloat16 and float32, an empty weight, a fake one, and
+    one with values that are not finite: the caller's own way handles these.
     """
     n, k = weight.shape
     if (
@@ -33,10 +33,13 @@ def quantize(weight: Tensor, fmt: Format, group_size: int | None) -> tuple[Tenso
         or library() is None
     ):
         return None
+    weight = weight.resolve_neg()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     group = min(group_size or k, k)
     w4, w2 = (torch.empty(shape, dtype=torch.uint8) for shape in _tile_shapes(n, k))
     scale = torch.empty(-(-k // group), n)
+    if not _in_memory(weight, w4, w2, scale):
+        return None
     _function("fp6_quantize")(
         *(weight.data_ptr(), _DTYPES.index(weight.dtype), weight.stride(0), n, k, group),
         *(fmt.exponent_bits, fmt.mantissa_bits, fmt.max, w4.data_ptr(), w2.data_ptr(), scale.data_ptr()),
@@ -46,17 +49,22 @@ def quantize(weight: Tensor, fmt: Format, group_size: int | None) -> tuple[Tenso
 
 def repack(planes: Sequence[Tensor], source: str, target: str, n: int, k: int) -> tuple[Tensor, Tensor] | None:
     """Planes of a weight [n, k] in the other of the layouts "planes.v1" and "cpu.v1"; None for other layouts."""
-    plain = all(type(plane) is Tensor and plane.device.type == "cpu" and plane.dtype == torch.uint8 for plane in planes)
-    if {source, target} != {PLANES, CPU} or len(planes) != 2 or not plain or 0 in (n, k) or library() is None:
+    if {source, target} != {PLANES, CPU} or len(planes) != 2 or 0 in (n, k) or library() is None:
         return None
     shapes = {CPU: _tile_shapes(n, k), PLANES: ((n, -(-k // 4) * 2), (n, -(-k // 4)))}
-    if tuple(tuple(plane.shape) for plane in planes) != shapes[source]:
-        return None
     given = tuple(plane.contiguous() for plane in planes)
     made = tuple(torch.empty(shape, dtype=torch.uint8) for shape in shapes[target])
+    known = all(plane.dtype == torch.uint8 for plane in given) and tuple(tuple(p.shape) for p in given) == shapes[source]
+    if not known or not _in_memory(*given, *made):
+        return None
     canonical, tiles = (given, made) if source == PLANES else (made, given)
     _function("fp6_repack")(target == PLANES, n, k, *(plane.data_ptr() for plane in (*canonical, *tiles)))
     return made[0], made[1]
+
+
+def _in_memory(*tensors: Tensor) -> bool:
+    """Whether all have an address that C++ may read: fake tensors, which FakeTensorMode also makes of real ones, have not."""
+    return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
 
 
 def _tile_shapes(n: int, k: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
