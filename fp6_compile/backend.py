@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
+from torch.autograd import forward_ad
 from torch.fx import GraphModule
 
 from fp6_compile import lowerings
@@ -49,7 +51,7 @@ def fp6(
         ValueError: an option is unknown or ill-typed; with `strict`, a linear cannot be taken.
     """
     parsed = Options.parse(mode, options)
-    on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in example_inputs)
+    on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in example_inputs)
     patches = inductor_patches(parsed, on_gpu)
     lowerings.register()
     packed = PackedGraph(gm, example_inputs, parsed)
@@ -58,6 +60,8 @@ def fp6(
     kept, taken = packed.kept, packed.taken
 
     def run(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(args)
         planes = [tensor for weight in taken for tensor in weight.tensors(args)]
         publish_refresh()
         inputs = [*(args[position] for position in kept), *planes]
@@ -68,6 +72,12 @@ def fp6(
             return compiled(*inputs)
 
     return run
+
+
+def _refuse_tangents(args: Sequence[Any]) -> None:
+    """Inductor's kernels drop the tangents of forward-mode AD without a word."""
+    if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+        raise NotImplementedError("fp6: compiled code has no forward-mode AD: call the model that was not compiled")
 
 
 def _reset() -> None:

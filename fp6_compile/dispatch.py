@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves
@@ -40,6 +41,15 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         f"fp6: {func} is not defined for {weight!r}; it can multiply (F.linear, x @ W.T), move, be copied and sliced. "
         "weight.dequantize() is an ordinary tensor"
     )
+
+
+def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """F.linear of arguments of which at least one is a PackedTensor."""
+    if not _is_packed(weight) or weight.spec.transposed:
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(input, weight, bias)
+    out = weight.mm(input)
+    return out if bias is None else out + bias.to(out.dtype)
 
 
 def _is_packed(value: Any) -> bool:

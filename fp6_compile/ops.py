@@ -79,7 +79,7 @@ def mm_by_rows(
 
 
 def _beyond_fp16(scale: Tensor, format: str) -> bool:
-    """Whether weights may be larger than any FP16 number, so that sums of their products would be NaN instead of infinite."""
+    """Whether weights may be larger than any FP16 number: inf - inf would make sums of their products NaN."""
     largest = scale.abs().max() if scale.numel() else 0
     return bool(largest * get_format(format).max > torch.finfo(torch.float16).max)
 
@@ -175,13 +175,13 @@ class _MM(torch.autograd.Function):
     """fp6::mm where x wants its gradient. Planes and scale are constants."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, planes: Sequence[Tensor], scale: Tensor, *how: Any) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, planes: Sequence[Tensor], scale: Tensor, *how: Any) -> Tensor:
         ctx.save_for_backward(*planes, scale)
         ctx.how, ctx.k = how, x.shape[-1]
         return _below_autograd(x, planes, scale, *how)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         *planes, scale = ctx.saved_tensors
         w = torch.ops.fp6.dequantize(planes, scale, *ctx.how, ctx.k, grad.dtype)
         return grad @ w, *[None] * (2 + len(ctx.how))

@@ -18,31 +18,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp6_compile import dispatch, lowerings, ops  # noqa: F401  (ops defines fp6::mm)
+from fp6_compile import dispatch, lowerings, ops, packing  # noqa: F401  (ops defines fp6::mm)
 from fp6_compile.formats import AUTO, DEFAULT, get_format
 from fp6_compile.kernels.cpu import quantize as cpu
-from fp6_compile.packing import CPU, PLANES, Rows, layout_for, pack, plane_names, repack, rows_per_index, unpack
-from fp6_compile.quantize import check_finite, choose_format, quantize, row_blocks
+from fp6_compile.packing import CPU, PLANES, Spec, layout_for, plane_names, unpack
+from fp6_compile.quantize import choose_format
 from fp6_compile.writes import undisturbed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class Spec(NamedTuple):
-    """All there is to a packed weight beside its tensors: one graph, one cache entry, for all weights of the same."""
-
-    format: str
-    layout: str
-    group_size: int | None
-    k: int
-    dtype: torch.dtype
-    transposed: bool = False
+_DATA: Any = Tensor.data
 
 
 class PackedTensor(Tensor):
@@ -93,17 +84,7 @@ class PackedTensor(Tensor):
         spec = Spec(format, layout, group_size, weight.shape[1], dtype)
         if layout == CPU and scale == "absmax" and (fast := cpu.quantize(weight, fmt, group_size)):
             return cls(fast[:2], fast[2], spec)
-        n, k = weight.shape
-        planes, scales = Rows(n, layout), []
-        for rows in row_blocks(n, k, weight.device, rows_per_index(layout)):
-            try:
-                codes, s = quantize(weight[rows], fmt, group_size, scale)
-            except ValueError:
-                check_finite(weight)  # the same error, with the count of the whole weight
-                raise
-            planes.put(rows, pack(codes, fmt, layout))
-            scales.append(s)
-        return cls(planes.tensors, torch.cat(scales, 1), spec)
+        return cls(*packing.pack_quantized(weight, fmt, layout, group_size, scale), spec)
 
     @classmethod
     def from_codes(
@@ -112,10 +93,8 @@ class PackedTensor(Tensor):
         """From codes [N, K] (uint8) and scales [G, N] (float32), in the layout of their device."""
         fmt, (n, k) = get_format(format), codes.shape
         layout = layout_for(codes.device, dtype, fmt)
-        planes = Rows(n, layout)
-        for rows in row_blocks(n, k, codes.device, rows_per_index(layout)):
-            planes.put(rows, pack(codes[rows], fmt, layout))
-        return cls(planes.tensors, scale, Spec(format, layout, group_size, k, dtype))
+        planes = packing.pack_rows(lambda rows: codes[rows], n, k, codes.device, fmt, layout)
+        return cls(planes, scale, Spec(format, layout, group_size, k, dtype))
 
     @classmethod
     def from_planes(
@@ -155,9 +134,8 @@ class PackedTensor(Tensor):
         spec, n = self.spec, self.scale.shape[1]
         if layout == spec.layout:
             return self
-        planes = cpu.repack(self.planes, spec.layout, layout, n, spec.k)
-        if planes is None:
-            planes = repack(self.planes, get_format(spec.format), spec.layout, layout, n, spec.k)
+        fast = cpu.repack(self.planes, spec.layout, layout, n, spec.k)
+        planes = fast or packing.repack(self.planes, get_format(spec.format), spec.layout, layout, n, spec.k)
         return PackedTensor(planes, self.scale.clone(), spec._replace(layout=layout))
 
     def move_to(self, planes: Sequence[Tensor], scale: Tensor) -> None:
@@ -210,7 +188,7 @@ class PackedTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
-            return _linear(*args, **(kwargs or {}))
+            return dispatch.linear(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -230,25 +208,40 @@ class PackedTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
         if id(self) not in memo:
-            memo[id(self)] = _as_parameter(self.clone(), self)
+            memo[id(self)] = _like(self, self.clone())
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        canonical = self.repack(PLANES)
-        is_parameter = isinstance(self, torch.nn.Parameter)
-        return _rebuild, (canonical.planes, canonical.scale, tuple(canonical.spec), is_parameter)
+        return _reduced(self, self.repack(PLANES))
 
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, PackedTensor) or weight.spec.transposed:
+    def _set_data(self, value: Tensor) -> None:
+        if not isinstance(value, PackedTensor):
+            raise TypeError(
+                f"fp6: .data of {self!r} cannot be a {value.dtype} tensor; PackedTensor.quantize(weight) packs one"
+            )
         with torch._C.DisableTorchFunctionSubclass():
-            return F.linear(input, weight, bias)
-    out = weight.mm(input)
-    return out if bias is None else out + bias.to(out.dtype)
+            _DATA.__set__(self, value)
+        PackedTensor.__init__(self, value.planes, value.scale, value.spec)
+
+    data = property(_DATA.__get__, _set_data)
+
+    def share_memory_(self) -> PackedTensor:
+        """Move planes and scale to memory that processes share; a no-op where they are, and on GPUs."""
+        for tensor in (*self.planes, self.scale):
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether other processes share planes and scale."""
+        return all(tensor.is_shared() for tensor in (*self.planes, self.scale))
 
 
-def _as_parameter(packed: PackedTensor, like: Tensor) -> Any:
-    return torch.nn.Parameter(packed, requires_grad=False) if isinstance(like, torch.nn.Parameter) else packed
+def _like(original: Tensor, packed: Tensor) -> Any:
+    return torch.nn.Parameter(packed, requires_grad=False) if isinstance(original, torch.nn.Parameter) else packed
+
+
+def _reduced(original: Tensor, packed: PackedTensor) -> tuple[Any, ...]:
+    return _rebuild, (packed.planes, packed.scale, tuple(packed.spec), isinstance(original, torch.nn.Parameter))
 
 
 def _rebuild(planes: Sequence[Tensor], scale: Tensor, spec: tuple, is_parameter: bool) -> Tensor:
@@ -259,3 +252,5 @@ def _rebuild(planes: Sequence[Tensor], scale: Tensor, spec: tuple, is_parameter:
 
 
 torch.serialization.add_safe_globals([_rebuild])
+# To another process on this machine it goes as a tensor does: planes as they are, in memory that both share.
+ForkingPickler.register(PackedTensor, lambda packed: _reduced(packed, packed))

@@ -54,7 +54,9 @@ def repack(planes: Sequence[Tensor], source: str, target: str, n: int, k: int) -
     shapes = {CPU: _tile_shapes(n, k), PLANES: ((n, -(-k // 4) * 2), (n, -(-k // 4)))}
     given = tuple(plane.contiguous() for plane in planes)
     made = tuple(torch.empty(shape, dtype=torch.uint8) for shape in shapes[target])
-    known = all(plane.dtype == torch.uint8 for plane in given) and tuple(tuple(p.shape) for p in given) == shapes[source]
+    known = (
+        all(plane.dtype == torch.uint8 for plane in given) and tuple(tuple(p.shape) for p in given) == shapes[source]
+    )
     if not known or not _in_memory(*given, *made):
         return None
     canonical, tiles = (given, made) if source == PLANES else (made, given)
@@ -63,7 +65,7 @@ def repack(planes: Sequence[Tensor], source: str, target: str, n: int, k: int) -
 
 
 def _in_memory(*tensors: Tensor) -> bool:
-    """Whether all have an address that C++ may read: fake tensors, which FakeTensorMode also makes of real ones, have not."""
+    """Whether C++ may read all of them: fake tensors, which FakeTensorMode also makes of real ones, are nowhere."""
     return all(type(tensor) is Tensor and tensor.device.type == "cpu" for tensor in tensors)
 
 
