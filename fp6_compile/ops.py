@@ -16,12 +16,13 @@ registers itself when the first call loads it (kernels/cpu).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -30,6 +31,9 @@ from fp6_compile.kernels.config import supports
 from fp6_compile.kernels.cpu.build import load
 from fp6_compile.packing import CPU, PLANES, inputs_held, rows_per_index, slab_layout, unpack
 from fp6_compile.quantize import dequantize as _dequantize
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _lib = torch.library.Library("fp6", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -48,6 +52,13 @@ for _name in ("mm", "mm_by_rows"):
 _BLOCK = 1 << 19
 
 
+def _kernel(function: Callable[P, T]) -> Callable[P, T]:
+    """Keeps Dynamo out: where it leaves a frame to Python, it would compile those that the frame calls, kernels too."""
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
+
+
+@_kernel
 def dequantize(
     planes: Sequence[Tensor],
     scale: Tensor,
@@ -64,6 +75,7 @@ def dequantize(
     return _dequantize(unpack(planes, fmt, layout, n, k), scale, fmt, group_size, dtype)
 
 
+@_kernel
 def mm_by_rows(
     x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
@@ -84,6 +96,7 @@ def _beyond_fp16(scale: Tensor, format: str) -> bool:
     return bool(largest * get_format(format).max > torch.finfo(torch.float16).max)
 
 
+@_kernel
 def mm_on_gpu(
     x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
@@ -105,6 +118,7 @@ def mm_by_vendor(x: Tensor, *tensors: Tensor, format: str, group_size: int | Non
     return launch.vendor_mm(x, tensors[:count], tensors[count], get_format(format), group_size)
 
 
+@_kernel
 def mm_at_first(
     x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
@@ -187,6 +201,7 @@ class _MM(torch.autograd.Function):
         return grad @ w, *[None] * (2 + len(ctx.how))
 
 
+@_kernel
 def _mm_for_autograd(x: Tensor, *packed: Any) -> Tensor:
     """fp6::mm with all of torch's derivatives: the usual one of x, forward-mode ones, and those of torch.func."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():

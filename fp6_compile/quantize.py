@@ -82,7 +82,7 @@ def quantize(
     Raises:
         ValueError: weight is not a floating-point matrix or has NaN or infinite values; unknown `scale`; bad group_size.
     """
-    _check(weight, group_size, scale)
+    check(weight, group_size, scale)
     n, k = weight.shape
     size = group_size or max(k, 1)
     groups = -(-k // size) if group_size else 1
@@ -132,7 +132,8 @@ def choose_format(
     return min(formats, key=lambda fmt: sum(squared_error(weight, fmt, group_size, scale) for weight in weights))
 
 
-def _check(weight: Tensor, group_size: int | None, scale: str) -> None:
+def check(weight: Tensor, group_size: int | None, scale: str) -> None:
+    """ValueError for what cannot be quantized, whatever its values are."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
             f"weight: got {weight.dtype} of shape {list(weight.shape)}, needs a floating-point matrix [N, K]"

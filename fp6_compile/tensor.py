@@ -29,7 +29,7 @@ from fp6_compile import dispatch, lowerings, ops, packing  # noqa: F401  (ops de
 from fp6_compile.formats import AUTO, DEFAULT, get_format
 from fp6_compile.kernels.cpu import quantize as cpu
 from fp6_compile.packing import CPU, PLANES, Spec, layout_for, plane_names, unpack
-from fp6_compile.quantize import choose_format
+from fp6_compile.quantize import check, choose_format
 from fp6_compile.writes import undisturbed
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -77,6 +77,7 @@ class PackedTensor(Tensor):
         """
         if weight.dtype not in DTYPES:
             raise ValueError(f"weight: got {weight.dtype}, needs one of {', '.join(map(str, DTYPES))}")
+        check(weight, group_size, scale)
         weight, dtype = weight.detach(), dtype or weight.dtype
         if format == "auto":
             format = choose_format([weight], [get_format(name) for name in AUTO], group_size, scale).name
