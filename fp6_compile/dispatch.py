@@ -8,6 +8,7 @@ anew, so that it is the packing of the slice (and holds on to no more memory tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,15 +96,16 @@ def _clone(func: Any, args: Any, kwargs: Any) -> Tensor:
     return undisturbed(args[0].map)(torch.clone)
 
 
-@_implements(aten._to_copy.default)
+@_implements(aten._to_copy.default, aten.empty_like.default)
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     weight = args[0]
     device = torch.device(kwargs.get("device") or weight.device)
     dtype = kwargs.get("dtype") or weight.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"fp6: {weight!r} cannot become {dtype}, only float16, bfloat16 or float32")
-    how = {"device": device, "non_blocking": kwargs.get("non_blocking") or False, "copy": True}
-    copy = undisturbed(weight.map)(lambda t: t.to(**how), dtype=dtype)
+    how: dict[str, Any] = {"non_blocking": kwargs.get("non_blocking") or False, "copy": True}
+    make = torch.empty_like if func is aten.empty_like.default else partial(Tensor.to, **how)
+    copy = undisturbed(weight.map)(lambda t: make(t, device=device), dtype=dtype)
     return copy if device.type == "meta" else copy.repack(layout_for(device, dtype, get_format(weight.spec.format)))
 
 
