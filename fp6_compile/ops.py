@@ -204,7 +204,8 @@ class _MM(torch.autograd.Function):
 @_kernel
 def _mm_for_autograd(x: Tensor, *packed: Any) -> Tensor:
     """fp6::mm with all of torch's derivatives: the usual one of x, forward-mode ones, and those of torch.func."""
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if dual or torch._C._are_functorch_transforms_active():
         return F.linear(x, torch.ops.fp6.dequantize(*packed, x.shape[-1], x.dtype))
     if x.requires_grad and torch.is_grad_enabled():
         return _MM.apply(x, *packed)

@@ -156,14 +156,15 @@ class PackedTensor(Tensor):
         Raises RuntimeError, as F.linear does, where x has not K features or another dtype.
         """
         spec = self.spec
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         elif x.dtype != spec.dtype:
             raise RuntimeError(
                 f"fp6: x is {x.dtype} and the packed weight {spec.dtype}; convert either with .to(dtype)"
             )
         if x.shape[-1:] != (spec.k,):  # planes are padded: fp6::mm cannot tell
-            has = f"{x.shape[-1]} features" if x.dim() else "no features"
+            has = f"{int(x.shape[-1])} features" if x.dim() else "no features"
             raise RuntimeError(f"fp6: x has {has}, the weight [{self.scale.shape[1]}, {spec.k}] takes {spec.k}")
         if torch.is_grad_enabled() and self.requires_grad:
             raise RuntimeError("fp6: a packed weight cannot be trained: leave requires_grad False")
