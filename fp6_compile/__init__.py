@@ -9,6 +9,7 @@
     config     the options
     linears    which inputs of a graph are weights, and why others are not
     merging    which weights multiply the same input
+    planes     packed weights side by side, and the states of the parameters that they were made from
     weights    packed planes, once per parameter, never stale
     report     what was taken, what was left alone and why
     graph      Dynamo's graph with packed weights
@@ -27,6 +28,7 @@ Packed models as files and objects:
 
     tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
     lowrank     what quantization may add to a linear: low-rank factors, a bias
+    held        its planes and scale, for it and its aliases: replaced as a whole
     dispatch    what such a weight can do beside multiplying
     files       what others wrote: regular files inside their folder, plain JSON
     storage     safetensors folders, one tensor at a time

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch._dynamo.backends import registry
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
+from torch.autograd import forward_ad
 from torch.fx import GraphModule
 
 from fp6_compile import lowerings
@@ -26,8 +28,9 @@ from fp6_compile.formats import get_format
 from fp6_compile.graph import PackedGraph
 from fp6_compile.packing import SLABS, lane_dtype
 from fp6_compile.passes import FP6Pass
+from fp6_compile.planes import PackSpec
 from fp6_compile.report import Report, forget_reports, publish
-from fp6_compile.weights import PackSpec, forget_weights
+from fp6_compile.weights import forget_weights
 
 # Pointwise kernels that do not depend on each other are one launch: in attention the rotary embeddings of q and k, and the
 # writes of k and v to the cache. Not reductions: with them in it, a kernel's block sizes fit nobody.
@@ -52,7 +55,7 @@ def fp6(
         ValueError: an option is unknown or ill-typed; with `strict`, a linear cannot be taken.
     """
     parsed = Options.parse(mode, options)
-    on_gpu = any(isinstance(value, torch.Tensor) and value.is_cuda for value in example_inputs)
+    on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in example_inputs)
     patches = inductor_patches(parsed, on_gpu)
     lowerings.register()
     packed = PackedGraph(gm, example_inputs, parsed)
@@ -62,6 +65,8 @@ def fp6(
     kept, taken = packed.kept, packed.taken
 
     def run(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(args)
         inputs = [*(args[position] for position in kept), *taken.tensors(args)]
         if torch.is_grad_enabled():
             return compiled(*inputs)
@@ -84,6 +89,12 @@ def _verdicts(specs: Iterable[PackSpec]) -> list[str]:
         problem = spec.device, lane_dtype(spec.layout), get_format(spec.format), spec.group_size
         found.append(f"{problem} {may_use_wgmma(*problem)}")
     return sorted(found)
+
+
+def _refuse_tangents(args: Sequence[Any]) -> None:
+    """Inductor's kernels drop the tangents of forward-mode AD without a word."""
+    if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
+        raise NotImplementedError("fp6: compiled code has no forward-mode AD: call the model that was not compiled")
 
 
 def _reset() -> None:

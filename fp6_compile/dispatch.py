@@ -8,9 +8,11 @@ anew, so that it is the packing of the slice (and holds on to no more memory tha
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves
@@ -41,6 +43,32 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     )
 
 
+def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """F.linear of arguments of which at least one is a PackedTensor."""
+    if not _is_packed(weight) or weight.spec.transposed:
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(input, weight, bias)
+    out = weight.mm(input)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def mm(x: Tensor, weight: PackedTensor) -> Tensor:
+    """`x @ W.T`: PackedTensor.mm."""
+    spec = weight.spec
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    elif x.dtype != spec.dtype:
+        raise RuntimeError(f"fp6: x is {x.dtype} and the packed weight {spec.dtype}; convert either with .to(dtype)")
+    *planes, scale = weight.tensors
+    if x.shape[-1:] != (spec.k,):  # planes are padded: fp6::mm cannot tell
+        has = f"{int(x.shape[-1])} features" if x.dim() else "no features"
+        raise RuntimeError(f"fp6: x has {has}, the weight [{scale.shape[1]}, {spec.k}] takes {spec.k}")
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise RuntimeError("fp6: a packed weight cannot be trained: leave requires_grad False")
+    return torch.ops.fp6.mm(x, planes, scale, spec.format, spec.layout, spec.group_size)
+
+
 def _is_packed(value: Any) -> bool:
     return hasattr(value, "planes") and isinstance(value, Tensor)
 
@@ -61,8 +89,15 @@ def _alias(func: Any, args: Any, kwargs: Any) -> Tensor:
 def _viewed(func: Any, args: Any, kwargs: Any, **changes: Any) -> Tensor:
     """A view of the weight args[0]; one of an ordinary tensor is an ordinary tensor in inference mode, too."""
     with torch.inference_mode(args[0].is_inference()):
-        out = args[0].map(lambda t: t, **changes)
+        out = _same_planes(args[0], **changes)
     return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def _same_planes(weight: PackedTensor, **changes: Any) -> PackedTensor:
+    """Another tensor of the same planes: what is written into either is in both."""
+    out = weight.map(lambda t: t, **changes)
+    out._held, out.is_part = weight._held, weight.is_part
+    return out
 
 
 @_implements(aten.view.default, aten._unsafe_view.default)
@@ -78,15 +113,16 @@ def _clone(func: Any, args: Any, kwargs: Any) -> Tensor:
     return args[0].map(torch.clone)
 
 
-@_implements(aten._to_copy.default)
+@_implements(aten._to_copy.default, aten.empty_like.default)
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     weight = args[0]
     device = torch.device(kwargs.get("device") or weight.device)
     dtype = kwargs.get("dtype") or weight.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise TypeError(f"fp6: {weight!r} cannot become {dtype}, only float16, bfloat16 or float32")
-    how = {"device": device, "non_blocking": kwargs.get("non_blocking") or False, "copy": True}
-    copy = weight.map(lambda t: t.to(**how), dtype=dtype)
+    how: dict[str, Any] = {"non_blocking": kwargs.get("non_blocking") or False, "copy": True}
+    make = torch.empty_like if func is aten.empty_like.default else partial(Tensor.to, **how)
+    copy = weight.map(lambda t: make(t, device=device), dtype=dtype)
     return copy if device.type == "meta" else copy.repack(layout_for(device, dtype, get_format(weight.spec.format)))
 
 
@@ -100,9 +136,12 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
             "group_size and dtype are copied in place. load_state_dict(..., assign=True) replaces weights; "
             "PackedTensor.quantize(weight) packs one"
         )
-    source = source.repack(target.spec.layout)
-    for mine, theirs in zip((*target.planes, target.scale), (*source.planes, source.scale), strict=True):
-        mine.copy_(theirs)
+    if target.is_part:
+        raise ValueError(
+            f"fp6: cannot copy into {target!r}: it is cut out of another packed weight, which the copy would not reach. "
+            "Write all of that weight, or a .clone() of the part"
+        )
+    target._held.write(source.repack(target.spec.layout).tensors)
     return target
 
 
@@ -162,7 +201,8 @@ def _cut(weight: PackedTensor, dim: int, start: int, stop: int, step: int) -> Te
 def _part(weight: PackedTensor, rows: bool, start: int, stop: int) -> Tensor:
     spec = weight.spec
     if (start, stop) == (0, weight.scale.shape[1] if rows else spec.k):
-        return weight.map(lambda t: t)
+        return _same_planes(weight)
+    weight = weight.map(lambda t: t)  # of one state, whatever other threads write
     codes, scale, size = weight.codes(), weight.scale, spec.group_size
     if rows:
         codes, scale = codes[start:stop], scale[:, start:stop].contiguous()
@@ -176,7 +216,9 @@ def _part(weight: PackedTensor, rows: bool, start: int, stop: int) -> Tensor:
             scale = scale[start // size : -(-stop // size)].contiguous()
         codes = codes[:, start:stop]
     planes = pack(codes, get_format(spec.format), spec.layout)
-    return type(weight)(planes, scale.clone(), spec._replace(k=codes.shape[1]))
+    part = type(weight)(planes, scale.clone(), spec._replace(k=codes.shape[1]))
+    part.is_part = True
+    return part
 
 
 @_implements(aten.mm.default)

@@ -26,10 +26,11 @@ from fp6_compile.formats import AUTO, Format, get_format
 from fp6_compile.linears import Weight, find_weight, module_names, refusal
 from fp6_compile.merging import Candidate, groups
 from fp6_compile.packing import layout_for, plane_names
+from fp6_compile.planes import PackSpec, Planes
 from fp6_compile.quantize import choose_format
 from fp6_compile.report import LinearReport, count
 from fp6_compile.tensor import PackedTensor
-from fp6_compile.weights import PackSpec, Planes, WeightInputs, packed_planes
+from fp6_compile.weights import WeightInputs, packed_planes
 
 
 class PackedGraph:

@@ -16,18 +16,24 @@ registers itself when the first call loads it (kernels/cpu).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.config import supports
 from fp6_compile.kernels.cpu.build import load
 from fp6_compile.packing import CPU, PLANES, inputs_held, rows_per_index, slab_layout, unpack
 from fp6_compile.quantize import dequantize as _dequantize
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _lib = torch.library.Library("fp6", "DEF")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
@@ -46,6 +52,13 @@ for _name in ("mm", "mm_by_rows"):
 _BLOCK = 1 << 19
 
 
+def _kernel(function: Callable[P, T]) -> Callable[P, T]:
+    """Keeps Dynamo out: where it leaves a frame to Python, it would compile those that the frame calls, kernels too."""
+    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    return function
+
+
+@_kernel
 def dequantize(
     planes: Sequence[Tensor],
     scale: Tensor,
@@ -62,18 +75,28 @@ def dequantize(
     return _dequantize(unpack(planes, fmt, layout, n, k), scale, fmt, group_size, dtype)
 
 
+@_kernel
 def mm_by_rows(
     x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
     """`x @ W.T` with x [*, K] -> [*, N], a block of rows of W at a time. Any device, layout, strides and group size."""
     k, n = x.shape[-1], scale.shape[1]
     out = x.new_empty(*x.shape[:-1], n)
+    if x.dtype == torch.float16 and x.device.type == "cpu" and _beyond_fp16(scale, format):
+        x = x.float()
     for index, rows in _row_blocks(n, k, rows_per_index(layout)):
         w = dequantize([plane[index] for plane in planes], scale[:, rows], format, layout, group_size, k, x.dtype)
         out[..., rows] = F.linear(x, w)
     return out
 
 
+def _beyond_fp16(scale: Tensor, format: str) -> bool:
+    """Whether weights may be larger than any FP16 number: inf - inf would make sums of their products NaN."""
+    largest = scale.abs().max() if scale.numel() else 0
+    return bool(largest * get_format(format).max > torch.finfo(torch.float16).max)
+
+
+@_kernel
 def mm_on_gpu(
     x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
@@ -95,6 +118,7 @@ def mm_by_vendor(x: Tensor, *tensors: Tensor, format: str, group_size: int | Non
     return launch.vendor_mm(x, tensors[:count], tensors[count], get_format(format), group_size)
 
 
+@_kernel
 def mm_at_first(
     x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: str, group_size: int | None
 ) -> Tensor:
@@ -161,17 +185,56 @@ def _(x: Tensor, planes: Sequence[Tensor], scale: Tensor, format: str, layout: s
     return x.new_empty(*x.shape[:-1], scale.shape[1])
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    x, planes, scale, *how = inputs
-    ctx.save_for_backward(*planes, scale)
-    ctx.how, ctx.k = how, x.shape[-1]  # type: ignore[attr-defined]
+class _MM(torch.autograd.Function):
+    """fp6::mm where x wants its gradient. Planes and scale are constants."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, planes: Sequence[Tensor], scale: Tensor, *how: Any) -> Tensor:
+        ctx.save_for_backward(*planes, scale)
+        ctx.how, ctx.k = how, x.shape[-1]
+        return _below_autograd(x, planes, scale, *how)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        *planes, scale = ctx.saved_tensors
+        w = torch.ops.fp6.dequantize(planes, scale, *ctx.how, ctx.k, grad.dtype)
+        return grad @ w, *[None] * (2 + len(ctx.how))
 
 
-def _grad_of_x(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Any, ...]:
-    *planes, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-    format, layout, group_size = ctx.how  # type: ignore[attr-defined]
-    w = torch.ops.fp6.dequantize(planes, scale, format, layout, group_size, ctx.k, grad.dtype)  # type: ignore[attr-defined]
-    return grad @ w, [None] * len(planes), None, None, None, None
+@_kernel
+def _mm_for_autograd(x: Tensor, *packed: Any) -> Tensor:
+    """fp6::mm with all of torch's derivatives: the usual one of x, forward-mode ones, and those of torch.func."""
+    dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
+    if dual or torch._C._are_functorch_transforms_active():
+        return F.linear(x, torch.ops.fp6.dequantize(*packed, x.shape[-1], x.dtype))
+    if x.requires_grad and torch.is_grad_enabled():
+        return _MM.apply(x, *packed)
+    return _below_autograd(x, *packed)
 
 
-torch.library.register_autograd("fp6::mm", _grad_of_x, setup_context=_save, lib=_lib)
+def _below_autograd(x: Tensor, *packed: Any) -> Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.fp6.mm.default(x, *packed)
+
+
+_lib.impl("mm", _mm_for_autograd, "Autograd")
+
+
+@torch.library.register_vmap("fp6::mm", lib=_lib)
+def _(info: Any, in_dims: Any, x: Tensor, *packed: Any) -> tuple[Tensor, int]:
+    if any(dim is not None for dim in tree_leaves(in_dims[1:])):
+        return _one_by_one(torch.ops.fp6.mm, info.batch_size, in_dims, (x, *packed))
+    return torch.ops.fp6.mm(x.movedim(in_dims[0], 0), *packed), 0
+
+
+@torch.library.register_vmap("fp6::dequantize", lib=_lib)
+def _(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    return _one_by_one(torch.ops.fp6.dequantize, info.batch_size, in_dims, args)
+
+
+def _one_by_one(op: Any, count: int, in_dims: Any, args: Any) -> tuple[Tensor, int]:
+    """`op` of weights that are vmapped over."""
+    flat, spec = tree_flatten(args)
+    dims = tree_leaves(in_dims)
+    calls = ([a if d is None else a.select(d, i) for a, d in zip(flat, dims, strict=True)] for i in range(count))
+    return torch.stack([op(*tree_unflatten(call, spec)) for call in calls]), 0

@@ -24,7 +24,7 @@ so that the first three rows, as they are, index a look-up that ignores high bit
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,12 +33,24 @@ from torch import Tensor
 
 from fp6_compile import slabs
 from fp6_compile.formats import Format
+from fp6_compile.quantize import check_finite, quantize, row_blocks
 from fp6_compile.slabs import BLOCK_K, ROWS, SLABS
 
 PLANES = "planes.v1"
 CPU = "cpu.v1"
 LAYOUTS = (PLANES, *SLABS.values(), CPU)
 TILE_ROWS, TILE_K = 4, 64
+
+
+class Spec(NamedTuple):
+    """All there is to a packed weight beside its tensors: one graph, one cache entry, for all weights of the same."""
+
+    format: str
+    layout: str
+    group_size: int | None
+    k: int
+    dtype: torch.dtype
+    transposed: bool = False
 
 
 def layout_for(device: torch.device, dtype: torch.dtype, fmt: Format) -> str:
@@ -73,19 +85,55 @@ def unpack(planes: Sequence[Tensor], fmt: Format, layout: str, n: int, k: int) -
     return codes[:n, :k]
 
 
-class Rows:
-    """Planes of n rows in a layout, filled block by block."""
+def pack_rows(
+    codes: Callable[[slice], Tensor],
+    n: int,
+    k: int,
+    device: torch.device,
+    fmt: Format,
+    layout: str,
+    granularity: int = 1,
+) -> list[Tensor]:
+    """The planes of a weight [n, k] whose `codes` are made for some rows at a time, multiples of `granularity`."""
+    planes: list[Tensor] = []
+    per_index = rows_per_index(layout)
+    for rows in row_blocks(n, k, device, max(granularity, per_index)):
+        part = pack(codes(rows), fmt, layout)
+        planes = planes or [plane.new_empty(-(-n // per_index), *plane.shape[1:]) for plane in part]
+        for plane, filled in zip(planes, part, strict=True):
+            plane[rows.start // per_index : -(-rows.stop // per_index)] = filled
+    return planes
 
-    def __init__(self, n: int, layout: str) -> None:
-        self.n, self.per_index = n, rows_per_index(layout)
-        self.tensors: list[Tensor] = []
 
-    def put(self, rows: slice, planes: Sequence[Tensor]) -> None:
-        """The planes of some rows, which begin where an index begins."""
-        count = -(-self.n // self.per_index)
-        self.tensors = self.tensors or [plane.new_empty(count, *plane.shape[1:]) for plane in planes]
-        for tensor, plane in zip(self.tensors, planes, strict=True):
-            tensor[rows.start // self.per_index : -(-rows.stop // self.per_index)] = plane
+def pack_quantized(
+    weight: Tensor, fmt: Format, layout: str, group_size: int | None, scale: str
+) -> tuple[list[Tensor], Tensor]:
+    """Planes and scales of `weight`, of some rows at a time. Raises ValueError as quantize.quantize does."""
+    scales: list[Tensor] = []
+
+    def codes(rows: slice) -> Tensor:
+        try:
+            codes, s = quantize(weight[rows], fmt, group_size, scale)
+        except ValueError:
+            check_finite(weight)  # the same error, with the count of the whole weight
+            raise
+        scales.append(s)
+        return codes
+
+    n, k = weight.shape
+    planes = pack_rows(codes, n, k, weight.device, fmt, layout)
+    return planes, torch.cat(scales, 1)
+
+
+def repack(planes: Sequence[Tensor], fmt: Format, source: str, target: str, n: int, k: int) -> list[Tensor]:
+    """Planes of a weight [n, k] in layout `source`, in layout `target`."""
+    per_index = rows_per_index(source)
+
+    def codes(rows: slice) -> Tensor:
+        block = [plane[rows.start // per_index : -(-rows.stop // per_index)] for plane in planes]
+        return unpack(block, fmt, source, rows.stop - rows.start, k)
+
+    return pack_rows(codes, n, k, planes[0].device, fmt, target, per_index)
 
 
 def plane_names(fmt: Format) -> tuple[str, ...]:

@@ -201,7 +201,7 @@ def _merge(graph: Graph) -> None:
 
 
 def _value(node: Any) -> Any:
-    """A key that is equal for equal views of the same tensor, and for equal computations with sizes."""
+    """Equal for equal views of the same tensor, and for equal computations with sizes."""
     if isinstance(node, (list, tuple)):
         return tuple(map(_value, node))
     is_size = isinstance(node, Node) and not isinstance(node.meta.get("val"), Tensor)
@@ -230,11 +230,7 @@ def _is_view(node: Node) -> bool:
 
 
 class FP6Pass(CustomGraphPass):
-    """Rewrites one graph in place.
-
-    `decisions`: a text of what, beside our sources, decides on the code. `before`: the user's own joint-graph passes, which
-    run first, as they would have.
-    """
+    """Rewrites a graph in place. `decisions`: what decides on code beside sources. `before`: the user's passes run first."""
 
     def __init__(self, decisions: str, before: Sequence[Any] = ()) -> None:
         self.decisions = decisions

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from fp6_compile.formats import Format
 
@@ -81,10 +82,10 @@ def quantize(
     Raises:
         ValueError: weight is not a floating-point matrix or has NaN or infinite values; unknown `scale`; bad group_size.
     """
-    _check(weight, group_size, scale)
+    check(weight, group_size, scale)
     n, k = weight.shape
     size = group_size or max(k, 1)
-    groups = -(-k // size)
+    groups = -(-k // size) if group_size else 1
     codes = weight.new_empty(n, k, dtype=torch.uint8)
     scales = weight.new_empty(groups, n, dtype=torch.float32)
     counts = None if importance is None else _importance(importance.float(), groups, size)
@@ -93,7 +94,7 @@ def quantize(
         s = _absmax_scale(w, fmt) if scale == "absmax" else _mse_scale(w, fmt, counts, ratios)
         codes[rows] = fmt.encode(w / s).flatten(1)[:, :k]
         scales[:, rows] = s[..., 0].T
-    if not scales.isfinite().all():  # a group with NaN or an infinity has such a scale
+    if has_values(weight) and not scales.isfinite().all():  # a group with NaN or an infinity has such a scale
         check_finite(weight)
     return codes, scales
 
@@ -119,11 +120,20 @@ def squared_error(weight: Tensor, fmt: Grid, group_size: int | None, scale: str)
 def choose_format(
     weights: Sequence[Tensor], formats: Sequence[Format], group_size: int | None = None, scale: str = "absmax"
 ) -> Format:
-    """The one of `formats` with the least squared error over all of `weights` [N, K] together; of equals the first."""
+    """The one of `formats` with the least squared error over all of `weights` [N, K] together; of equals the first.
+
+    ValueError for weights without values.
+    """
+    if not all(map(has_values, weights)):
+        raise ValueError(
+            'format: "auto" chooses by the values of weights, which tensors on the meta device and fake ones do not have: '
+            f"name one of {[fmt.name for fmt in formats]}"
+        )
     return min(formats, key=lambda fmt: sum(squared_error(weight, fmt, group_size, scale) for weight in weights))
 
 
-def _check(weight: Tensor, group_size: int | None, scale: str) -> None:
+def check(weight: Tensor, group_size: int | None, scale: str) -> None:
+    """ValueError for what cannot be quantized, whatever its values are."""
     if weight.dim() != 2 or not weight.is_floating_point():
         raise ValueError(
             f"weight: got {weight.dtype} of shape {list(weight.shape)}, needs a floating-point matrix [N, K]"
@@ -132,6 +142,11 @@ def _check(weight: Tensor, group_size: int | None, scale: str) -> None:
         raise ValueError(f"group_size: got {group_size}, needs a positive number or None")
     if scale not in SCALES:
         raise ValueError(f"scale: got {scale!r}, known scales are {list(SCALES)}")
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether there is more to it than shape and dtype: not so on the meta device, and for fake tensors."""
+    return not (tensor.is_meta or is_fake(tensor))
 
 
 def check_finite(weight: Tensor) -> None:

@@ -18,30 +18,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp6_compile import dispatch, lowerings, ops  # noqa: F401  (ops defines fp6::mm)
+from fp6_compile import dispatch, lowerings, ops, packing  # noqa: F401  (ops defines fp6::mm)
 from fp6_compile.formats import AUTO, DEFAULT, get_format
+from fp6_compile.held import Held
 from fp6_compile.kernels.cpu import quantize as cpu
-from fp6_compile.packing import CPU, PLANES, Rows, layout_for, pack, plane_names, rows_per_index, unpack
-from fp6_compile.quantize import check_finite, choose_format, quantize, row_blocks
+from fp6_compile.packing import PLANES, Spec, layout_for, plane_names, unpack
+from fp6_compile.planes import quantized
+from fp6_compile.quantize import check, choose_format
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class Spec(NamedTuple):
-    """All there is to a packed weight beside its tensors: one graph, one cache entry, for all weights of the same."""
-
-    format: str
-    layout: str
-    group_size: int | None
-    k: int
-    dtype: torch.dtype
-    transposed: bool = False
+_DATA: Any = Tensor.data
 
 
 class PackedTensor(Tensor):
@@ -54,7 +47,7 @@ class PackedTensor(Tensor):
     """
 
     spec: Spec
-    scale: Tensor
+    is_part = False  # cut out of another weight: a copy of its codes, so that writing it would not reach that weight
 
     @staticmethod
     def __new__(cls, planes: Sequence[Tensor], scale: Tensor, spec: Spec) -> PackedTensor:
@@ -63,9 +56,7 @@ class PackedTensor(Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=spec.dtype, device=scale.device)
 
     def __init__(self, planes: Sequence[Tensor], scale: Tensor, spec: Spec) -> None:
-        for name, plane in zip(plane_names(get_format(spec.format)), planes, strict=True):
-            setattr(self, name, plane)
-        self.scale = scale
+        self._held = Held((*planes, scale))
         self.spec = spec
 
     @classmethod
@@ -84,24 +75,14 @@ class PackedTensor(Tensor):
         """
         if weight.dtype not in DTYPES:
             raise ValueError(f"weight: got {weight.dtype}, needs one of {', '.join(map(str, DTYPES))}")
+        check(weight, group_size, scale)
         weight, dtype = weight.detach(), dtype or weight.dtype
         if format == "auto":
             format = choose_format([weight], [get_format(name) for name in AUTO], group_size, scale).name
         fmt, layout = get_format(format), layout_for(weight.device, dtype, get_format(format))
         spec = Spec(format, layout, group_size, weight.shape[1], dtype)
-        if layout == CPU and scale == "absmax" and (fast := cpu.quantize(weight, fmt, group_size)):
-            return cls(fast[:2], fast[2], spec)
-        n, k = weight.shape
-        planes, scales = Rows(n, layout), []
-        for rows in row_blocks(n, k, weight.device, rows_per_index(layout)):
-            try:
-                codes, s = quantize(weight[rows], fmt, group_size, scale)
-            except ValueError:
-                check_finite(weight)  # the same error, with the count of the whole weight
-                raise
-            planes.put(rows, pack(codes, fmt, layout))
-            scales.append(s)
-        return cls(planes.tensors, torch.cat(scales, 1), spec)
+        *planes, scales = quantized(weight, fmt, layout, group_size, scale)
+        return cls(planes, scales, spec)
 
     @classmethod
     def from_codes(
@@ -110,10 +91,8 @@ class PackedTensor(Tensor):
         """From codes [N, K] (uint8) and scales [G, N] (float32), in the layout of their device."""
         fmt, (n, k) = get_format(format), codes.shape
         layout = layout_for(codes.device, dtype, fmt)
-        planes = Rows(n, layout)
-        for rows in row_blocks(n, k, codes.device, rows_per_index(layout)):
-            planes.put(rows, pack(codes[rows], fmt, layout))
-        return cls(planes.tensors, scale, Spec(format, layout, group_size, k, dtype))
+        planes = packing.pack_rows(lambda rows: codes[rows], n, k, codes.device, fmt, layout)
+        return cls(planes, scale, Spec(format, layout, group_size, k, dtype))
 
     @classmethod
     def from_planes(
@@ -125,14 +104,33 @@ class PackedTensor(Tensor):
         )
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """(*planes, scale), of one state of the weight: another thread may write it."""
+        return self._held.tensors
+
+    @property
     def planes(self) -> tuple[Tensor, ...]:
         """The planes, the low bits' first."""
-        return tuple(getattr(self, name) for name in plane_names(get_format(self.spec.format)))
+        return self.tensors[:-1]
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales [G, N] float32."""
+        return self.tensors[-1]
+
+    # What __tensor_flatten__ names.
+    w8 = property(lambda self: self._plane("w8"))
+    w4 = property(lambda self: self._plane("w4"))
+    w2 = property(lambda self: self._plane("w2"))
+    w1 = property(lambda self: self._plane("w1"))
+
+    def _plane(self, name: str) -> Tensor:
+        return self.tensors[plane_names(get_format(self.spec.format)).index(name)]
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of planes and scales; `nbytes` are those of the weight it stands for."""
-        return sum(tensor.nbytes for tensor in (*self.planes, self.scale))
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     def codes(self) -> Tensor:
         """The codes [N, K] (uint8), whether it is transposed or not."""
@@ -142,43 +140,35 @@ class PackedTensor(Tensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as an ordinary tensor, of its own dtype unless another is given: value times scale, rounded once."""
         how = (self.spec.format, self.spec.layout, self.spec.group_size, self.spec.k, dtype or self.dtype)
-        weight = torch.ops.fp6.dequantize(self.planes, self.scale, *how)
+        *planes, scale = self.tensors
+        weight = torch.ops.fp6.dequantize(planes, scale, *how)
         return weight.t() if self.spec.transposed else weight
 
     def repack(self, layout: str) -> PackedTensor:
         """The same weight with its planes in another layout of `packing.LAYOUTS`."""
-        if layout == self.spec.layout:
+        spec = self.spec
+        if layout == spec.layout:
             return self
-        fmt, spec, n = get_format(self.spec.format), self.spec, self.scale.shape[1]
-        if (fast := cpu.repack(self.planes, spec.layout, layout, n, spec.k)) is not None:
-            return PackedTensor(fast, self.scale, spec._replace(layout=layout))
-        planes, per_index = Rows(n, layout), rows_per_index(spec.layout)
-        for rows in row_blocks(n, spec.k, self.device, max(per_index, rows_per_index(layout))):
-            block = [plane[rows.start // per_index : -(-rows.stop // per_index)] for plane in self.planes]
-            planes.put(rows, pack(unpack(block, fmt, spec.layout, rows.stop - rows.start, spec.k), fmt, layout))
-        return PackedTensor(planes.tensors, self.scale, spec._replace(layout=layout))
+        *planes, scale = self.tensors
+        fast = cpu.repack(planes, spec.layout, layout, scale.shape[1], spec.k)
+        new = fast or packing.repack(planes, get_format(spec.format), spec.layout, layout, scale.shape[1], spec.k)
+        return PackedTensor(new, scale.clone(), spec._replace(layout=layout))
 
-    def move_to(self, planes: Sequence[Tensor], scale: Tensor) -> None:
-        """Read the same weight from `planes` and `scale` from now on, which are rows of larger ones; merging.py says why.
+    def move_to(self, planes: Sequence[Tensor], scale: Tensor, source: tuple[Tensor, ...]) -> None:
+        """Read from `planes` and `scale`, rows of larger ones (merging.py says why), unless written since it was `source`.
 
         Scales of groups stay: their rows would not be contiguous, and graphs that are compiled already count on it.
         """
-        for name, plane in zip(plane_names(get_format(self.spec.format)), planes, strict=True):
-            setattr(self, name, plane.data)  # no view to autograd
-        if len(scale) == 1:
-            self.scale = scale.data.view(-1).view(1, -1)  # with the strides of a scale that lies alone
+        # no views to autograd, and the strides of a scale that lies alone
+        scale = scale.data.view(-1).view(1, -1) if len(scale) == 1 else source[-1]
+        self._held.replace(source, (*(plane.data for plane in planes), scale))
 
     def mm(self, x: Tensor) -> Tensor:
-        """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`. Autocast casts x, as it does for F.linear."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        elif x.dtype != self.dtype:
-            raise RuntimeError(
-                f"fp6: x is {x.dtype} and the packed weight {self.dtype}; convert either with .to(dtype)"
-            )
-        if self.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("fp6: a packed weight cannot be trained: leave requires_grad False")
-        return torch.ops.fp6.mm(x, self.planes, self.scale, self.spec.format, self.spec.layout, self.spec.group_size)
+        """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`. Autocast casts x, as it does for F.linear.
+
+        Raises RuntimeError, as F.linear does, where x has not K features or another dtype.
+        """
+        return dispatch.mm(x, self)
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
         """Stays without: a packed weight is a constant. nn.Parameter and load_state_dict(assign=True) ask for it unasked."""
@@ -186,7 +176,8 @@ class PackedTensor(Tensor):
 
     def map(self, function: Callable[[Tensor], Tensor], **changes: Any) -> PackedTensor:
         """`function` of every tensor inside, with changes to the spec."""
-        return PackedTensor([function(p) for p in self.planes], function(self.scale), self.spec._replace(**changes))
+        *planes, scale = self.tensors
+        return PackedTensor([function(p) for p in planes], function(scale), self.spec._replace(**changes))
 
     def __tensor_flatten__(self) -> tuple[list[str], Spec]:
         return [*plane_names(get_format(self.spec.format)), "scale"], self.spec
@@ -200,7 +191,7 @@ class PackedTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
-            return _linear(*args, **(kwargs or {}))
+            return dispatch.linear(*args, **(kwargs or {}))
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
@@ -220,25 +211,41 @@ class PackedTensor(Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
         if id(self) not in memo:
-            memo[id(self)] = _as_parameter(self.map(torch.clone), self)
+            memo[id(self)] = _like(self, self.clone())
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        canonical = self.repack(PLANES)
-        is_parameter = isinstance(self, torch.nn.Parameter)
-        return _rebuild, (canonical.planes, self.scale, tuple(canonical.spec), is_parameter)
+        return _reduced(self, self.repack(PLANES))
 
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(weight, PackedTensor) or weight.spec.transposed:
+    def _set_data(self, value: Tensor) -> None:
+        if not isinstance(value, PackedTensor):
+            raise TypeError(
+                f"fp6: .data of {self!r} cannot be a {value.dtype} tensor; PackedTensor.quantize(weight) packs one"
+            )
         with torch._C.DisableTorchFunctionSubclass():
-            return F.linear(input, weight, bias)
-    out = weight.mm(input)
-    return out if bias is None else out + bias.to(out.dtype)
+            _DATA.__set__(self, value)
+        self._held, self.spec = value._held, value.spec
+
+    data = property(_DATA.__get__, _set_data)
+
+    def share_memory_(self) -> PackedTensor:
+        """Move planes and scale to memory that processes share; a no-op where they are, and on GPUs."""
+        for tensor in self.tensors:
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether other processes share planes and scale."""
+        return all(tensor.is_shared() for tensor in self.tensors)
 
 
-def _as_parameter(packed: PackedTensor, like: Tensor) -> Any:
-    return torch.nn.Parameter(packed, requires_grad=False) if isinstance(like, torch.nn.Parameter) else packed
+def _like(original: Tensor, packed: Tensor) -> Any:
+    return torch.nn.Parameter(packed, requires_grad=False) if isinstance(original, torch.nn.Parameter) else packed
+
+
+def _reduced(original: Tensor, packed: PackedTensor) -> tuple[Any, ...]:
+    *planes, scale = packed.tensors
+    return _rebuild, (tuple(planes), scale, tuple(packed.spec), isinstance(original, torch.nn.Parameter))
 
 
 def _rebuild(planes: Sequence[Tensor], scale: Tensor, spec: tuple, is_parameter: bool) -> Tensor:
@@ -249,3 +256,5 @@ def _rebuild(planes: Sequence[Tensor], scale: Tensor, spec: tuple, is_parameter:
 
 
 torch.serialization.add_safe_globals([_rebuild])
+# To another process on this machine it goes as a tensor does: planes as they are, in memory that both share.
+ForkingPickler.register(PackedTensor, lambda packed: _reduced(packed, packed))

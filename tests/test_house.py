@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "fp6_compile"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up; a room imports its own floor and those below.
 FLOORS = [
-    {"formats", "launches", "devices", "files"},
+    {"formats", "launches", "devices", "files", "held"},
     {"slabs"},
     {"packing", "quantize"},
     {"algorithms", "config", "kernels"},
-    {"ops", "linears", "weights", "report", "storage", "scaled"},
+    {"ops", "linears", "planes", "weights", "report", "storage", "scaled"},
     {"merging"},
     {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank", "places"},
     {"backend", "model", "manifest"},

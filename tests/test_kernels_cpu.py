@@ -145,6 +145,16 @@ def test_infinities_and_nan_reach_the_result(path):
         assert out[2].isnan().all()
 
 
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_sums_beyond_the_largest_fp16_are_infinite(path, group_size, blocks):
+    weight, exact = _weight(16, 256, group_size)
+    x = torch.randn(5, 256).half()
+    out = weight._replace(scale=weight.scale * 1e30).by(path, x, blocks)
+    torch.testing.assert_close(out, (x.double() @ (exact * 1e30).T).half())
+    assert out.isinf().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 9, 200])
 def test_threads_do_not_change_a_bit(path, dtype, m):

@@ -97,17 +97,17 @@ def test_swap_and_fuse_between_tokens(kind, captured, caplog):
     assert loop.tokens() == Loop(_packed(model), backend=None).tokens()
 
 
-def test_fusing_into_a_packed_weight_rounds_once_more_into_the_same_planes():
+def test_fusing_into_a_packed_weight_rounds_once_more():
     base = nn.Linear(256, 128, bias=False, dtype=torch.bfloat16)
     base.weight = nn.Parameter(PackedTensor.quantize(torch.randn(128, 256).bfloat16(), group_size=64))
     layer = lora.LoRA(base, 4)
     with torch.no_grad():
         layer.lora_A.normal_()
         layer.lora_B.normal_()
-    weight, planes = base.weight, [tensor.data_ptr() for tensor in (*base.weight.planes, base.weight.scale)]
+    weight = base.weight
     kept, wide = weight.clone(), weight.dequantize(torch.float32) + layer.lora_B.float() @ layer.lora_A.float()
     lora.fuse(layer)
-    assert [tensor.data_ptr() for tensor in (*weight.planes, weight.scale)] == planes
+    assert base.weight is weight
     assert torch.equal(weight, PackedTensor.quantize(wide, group_size=64, dtype=torch.bfloat16))
     weight.copy_(kept)  # the way back, exactly
     assert torch.equal(weight, kept)

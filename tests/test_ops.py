@@ -156,3 +156,34 @@ def test_unknown_format_and_layout_are_named():
         torch.ops.fp6.mm(torch.randn(2, K), planes, scale, "e9m1", PLANES, None)
     with pytest.raises(ValueError, match="layout: got 'rows', known layouts are"):
         torch.ops.fp6.mm(torch.randn(2, K), planes, scale, "e3m2", "rows", None)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize(("n", "k"), [(0, 0), (0, 8), (8, 0)])
+def test_weights_of_nothing(n, k, group_size, layout):
+    packed, weight = _packed(layout=layout, group_size=group_size, n=n, k=k)
+    assert packed[1].shape == (1 if group_size is None else -(-k // 64), n)
+    for rows in (0, 2, 40):
+        for dtype in (*DTYPES, torch.float64):
+            x = torch.randn(rows, k, dtype=dtype, requires_grad=True)
+            out = torch.ops.fp6.mm(x, *packed)
+            assert (out.shape, out.dtype, bool(out.any())) == ((rows, n), dtype, False)
+            out.sum().backward()
+            assert x.grad.shape == x.shape
+    meta = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), packed)
+    assert torch.ops.fp6.mm(torch.empty(3, k, device="meta"), *meta).shape == (3, n)
+    assert torch.ops.fp6.dequantize(*packed, k, torch.float16).shape == weight.shape
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("group_size", [None, 64, 7])
+@pytest.mark.parametrize("m", [1, 9, 40])
+def test_beyond_the_largest_fp16_is_infinite_and_not_nan(m, group_size, layout):
+    """Weights that FP16 cannot hold: their products and sums still have a sign."""
+    (planes, scale, *how), weight = _packed(layout=layout, group_size=group_size)
+    x = torch.randn(m, K).half()
+    x[0, :5] = 0
+    out, expected = torch.ops.fp6.mm(x, planes, scale * 1e30, *how), (x.double() @ (weight * 1e30).T).half()
+    assert expected.isinf().all()
+    torch.testing.assert_close(out, expected)

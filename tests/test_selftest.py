@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from fp6_compile import backend, weights
+from fp6_compile import backend, planes
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels import device, selftest
 from fp6_compile.packing import slab_layout, unpack
@@ -88,7 +88,7 @@ def test_the_verdict_is_part_of_the_cache_key(monkeypatch):
     hopper = dataclasses.replace(device.describe(CPU), arch="sm_90")
     monkeypatch.setattr(device, "describe", lambda _: hopper)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    spec = weights.PackSpec("e3m2", None, "absmax", slab_layout(F16), False, CUDA)
+    spec = planes.PackSpec("e3m2", None, "absmax", slab_layout(F16), False, CUDA)
     keys = []
     for verdict in (True, False):
         monkeypatch.setattr(selftest, "passes", lambda *problem, verdict=verdict: verdict)

@@ -1,5 +1,6 @@
 """A packed weight as a tensor: what it computes, how it is copied, saved and cut, and what it refuses."""
 
+import contextlib
 import copy
 import io
 import json
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.runtime_utils import cache_dir
+from torch._subclasses import FakeTensorMode
 
 import fp6_compile
 from fp6_compile import PackedTensor
@@ -40,6 +42,10 @@ def _weight(n: int = N, k: int = K, dtype: torch.dtype = torch.float16) -> torch
 
 def _packed(format: str = "e3m2", group_size: int | None = None, **kwargs) -> PackedTensor:
     return PackedTensor.quantize(_weight(**kwargs), format, group_size)
+
+
+def _tensors(w: PackedTensor) -> tuple[torch.Tensor, ...]:
+    return *w.planes, w.scale
 
 
 def _models(group_size: int | None = 64) -> tuple[nn.Module, nn.Module]:
@@ -354,3 +360,151 @@ def test_layout_follows_the_device():
     w = _packed()
     assert w.spec.layout == layout_for(torch.device("cpu"), torch.float16, FORMATS["e3m2"]) == CPU
     assert w.to("meta").device.type == "meta"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("features", [1, 129, 192, 193, 255, 257, 512])
+def test_other_features_than_the_weights_are_refused(features, layout):
+    """Also those that the layout's padding would hide."""
+    w = PackedTensor.quantize(_weight(64, 250)).repack(layout)
+    for x in (torch.randn(3, features).half(), torch.randn(2, 3, features).half(), torch.randn(features).half()):
+        with pytest.raises(RuntimeError, match=rf"fp6: x has {features} features, the weight \[64, 250\] takes 250"):
+            F.linear(x, w)
+    with pytest.raises(RuntimeError, match="x has no features"):
+        F.linear(torch.tensor(1.0).half(), w)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_other_features_are_refused_when_compiled(dynamic, captured):
+    model = nn.Linear(250, 128).half().requires_grad_(False)
+    fp6_compile.quantize_(model)
+    compiled = torch.compile(model, backend="fp6", dynamic=dynamic)
+    compiled(torch.randn(3, 250).half())
+    for features in (249, 256, 192):
+        with pytest.raises(Exception, match=rf"x has {features} features, the weight \[128, 250\] takes 250"):
+            compiled(torch.randn(3, features).half())
+    assert compiled(torch.randn(5, 250).half()).shape == (5, 128)
+
+
+@pytest.mark.parametrize("kind", ["meta", "fake"])
+@pytest.mark.parametrize(
+    "how", [{}, {"group_size": 64}, {"scale": "mse"}, {"format": "e4m3"}, {"dtype": torch.float32}]
+)
+def test_weights_without_values(kind, how):
+    """Planes of the right shapes; nothing reads memory that is not there."""
+    mode = FakeTensorMode() if kind == "fake" else contextlib.nullcontext()
+    real = PackedTensor.quantize(_weight(67, 200), **how)
+    layouts = set(LAYOUTS) - ({CPU} if how.get("format") == "e4m3" else set())
+    shapes = {layout: [t.shape for t in _tensors(real.repack(layout))] for layout in layouts}
+    with mode:
+        weight = torch.empty(67, 200, dtype=torch.float16, device="meta" if kind == "meta" else "cpu")
+        for w in (PackedTensor.quantize(weight, **how), copy.deepcopy(PackedTensor.quantize(weight, **how))):
+            x = torch.empty(3, 200, dtype=w.dtype, device=w.device)
+            assert (w.shape, w.dtype, F.linear(x, w).shape, w[:5].shape) == (real.shape, real.dtype, (3, 67), (5, 200))
+            for layout in layouts:
+                assert [t.shape for t in _tensors(w.repack(layout))] == shapes[layout]
+        with pytest.raises(
+            ValueError, match='format: "auto" chooses by the values of weights, which tensors on the meta'
+        ):
+            PackedTensor.quantize(weight, "auto")
+
+
+@pytest.mark.parametrize("fmt", ["e2m3", "e4m3"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_views_with_the_negative_bit(dtype, fmt):
+    w, x = _weight(dtype=dtype), torch.randn(3, K).to(dtype)
+    assert torch.equal(PackedTensor.quantize(torch._neg_view(w), fmt), PackedTensor.quantize(-w, fmt))
+    packed = PackedTensor.quantize(w, fmt)
+    assert torch.equal(F.linear(torch._neg_view(x), packed), F.linear(-x, packed))
+    conjugate = torch.complex(w.float(), -w.float()).conj().imag
+    assert torch.equal(PackedTensor.quantize(conjugate, dtype=dtype), PackedTensor.quantize(w))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_default_dtype_and_device_do_not_matter(dtype):
+    w, before = _weight(), torch.get_default_dtype()
+    expected = PackedTensor.quantize(w, group_size=32)
+    try:
+        torch.set_default_dtype(dtype)
+        with torch.device("meta"):
+            actual = PackedTensor.quantize(w, group_size=32)
+            again = actual.repack(PLANES).repack(CPU)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close((*actual.planes, actual.scale), (*expected.planes, expected.scale), rtol=0, atol=0)
+    assert torch.equal(again, expected)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_conversions_of_modules(swap):
+    """Also in the way that torch will have them by default: by swapping tensors."""
+    model, _ = _models()
+    state, weight = copy.deepcopy(model.state_dict()), model[0].weight
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(swap)
+    try:
+        for convert in (nn.Module.bfloat16, nn.Module.half, nn.Module.cpu, nn.Module.share_memory):
+            convert(model)
+            assert model[0].weight is weight
+            assert torch.equal(weight.to(torch.float16), state["0.weight"])
+        empty = copy.deepcopy(model).to("meta").to_empty(device="cpu")
+        assert (empty[0].weight.spec, empty[0].weight.device.type) == (weight.spec, "cpu")
+        for assign in (False, True):
+            empty.load_state_dict(state, assign=assign)
+            assert torch.equal(empty[0].weight, weight)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+def _in_a_child(model, x, queue, seen):
+    with FakeTensorMode(allow_non_fake_inputs=True):  # what is loaded under the mode must not stay fake
+        PackedTensor.quantize(x)
+        model[0].weight.repack(PLANES)
+    shared = model[0].weight.is_shared()
+    queue.put((model(x), shared, torch.equal(PackedTensor.quantize(x), PackedTensor.quantize(x.clone()))))
+    model[0].weight.copy_(model[0].weight.map(torch.zeros_like))
+    queue.put(model)
+    seen.wait(300)
+
+
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
+def test_shared_with_a_fresh_process(method):
+    """A module goes to a process and comes back; its planes are the same memory, as a tensor's would be."""
+    model, _ = _models()
+    assert not model[0].weight.is_shared()
+    assert model.share_memory()[0].weight.is_shared()
+    x = torch.randn(3, K).half()
+    expected = model(x)
+    context = torch.multiprocessing.get_context(method)
+    queue, seen = context.Queue(), context.Event()
+    child = context.Process(target=_in_a_child, args=(model, x, queue, seen))
+    child.start()
+    actual, *facts = queue.get(timeout=300)
+    assert torch.equal(actual, expected)
+    assert facts == [True, True]
+    again = queue.get(timeout=300)
+    seen.set()
+    child.join()
+    assert child.exitcode == 0
+    assert isinstance(again[0].weight, nn.Parameter)
+    assert torch.equal(again[0].weight, model[0].weight)
+    assert not model[0].weight.dequantize().any()
+
+
+@pytest.mark.parametrize("size", [0, -4])
+def test_group_sizes_that_are_none(size):
+    with pytest.raises(ValueError, match=f"group_size: got {size}, needs a positive number or None"):
+        PackedTensor.quantize(_weight(), group_size=size)
+
+
+@pytest.mark.parametrize(("n", "k"), [(0, 0), (0, K), (N, 0)])
+@pytest.mark.parametrize("fmt", ["e2m3", "e2m1", "e5m2"])
+@pytest.mark.parametrize("group_size", [None, 64])
+def test_weights_of_nothing(n, k, fmt, group_size):
+    w = PackedTensor.quantize(torch.empty(n, k).half(), fmt, group_size)
+    for v in (w, w.clone(), w.repack(PLANES), w.float().half(), pickle.loads(pickle.dumps(w))):
+        assert v.dequantize().shape == (n, k)
+        assert torch.equal(v, w)
+    for x in (torch.randn(3, k).half(), torch.randn(0, k).half(), torch.randn(k).half(), torch.randn(40, k).half()):
+        out = F.linear(x, w)
+        assert (out.shape, bool(out.any())) == ((*x.shape[:-1], n), False)

@@ -1,4 +1,4 @@
-"""Threads may compile first at the same moment, and read while others write: no output is of half a weight, none is stale."""
+"""Threads may compile first at the same moment and read while others write: no output is torn, none is stale."""
 
 import resource
 import subprocess
@@ -205,7 +205,16 @@ from torch import nn
 torch.set_num_threads(1)
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 models = [nn.Linear(k, 128).bfloat16().requires_grad_(False) for k in (128, 192, 256)]
-shared = nn.Sequential(nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 128)).half().requires_grad_(False)
+
+class Shared(nn.Module):  # with a forward of its own: Dynamo counts the compilations of all of nn.Linear's together
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(128, 128), nn.Linear(128, 128)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+shared = Shared().half().requires_grad_(False)
 x, outputs, errors, start = torch.randn(2, 128).half(), [], [], threading.Barrier(4)
 compiled = []
 

@@ -26,9 +26,9 @@ from fp6_compile.graph import PackedGraph
 from fp6_compile.launches import launches
 from fp6_compile.merging import Candidate
 from fp6_compile.packing import pack
+from fp6_compile.planes import PackSpec, Planes, Stamp
 from fp6_compile.report import LinearReport
 from fp6_compile.tensor import PackedTensor
-from fp6_compile.weights import PackSpec, Planes, Stamp
 
 
 @dataclass
@@ -181,7 +181,7 @@ class _Shapes(Planes):
         scale = parameter.new_empty(groups, n, dtype=torch.float32)
         return Stamp.of(parameter), (*pack(codes, get_format(self.spec.format), self.spec.layout), scale)
 
-    def _house(self, parameters: Sequence[Any]) -> None:
+    def _house(self, parameters: Sequence[Any], sources: Sequence[tuple[Tensor, ...]]) -> None:
         """Nothing: they have no memory."""
 
 

@@ -56,6 +56,12 @@ int parts_of(at::ScalarType dtype) {
   return dtype == at::kBFloat16 ? 1 : dtype == at::kHalf ? 2 : dtype == at::kFloat ? 3 : 0;
 }
 
+// What weights are decoded to for the vendor's matmul: x's dtype, but float where one is beyond FP16's largest number.
+at::ScalarType decoded(at::ScalarType dtype, const Tensor& scale, const Tensor& values) {
+  if (dtype != at::kHalf) return dtype;
+  return scale.abs().max().item<float>() * values.max().item<float>() > 65504 ? at::kFloat : dtype;
+}
+
 // The arguments of a call, checked and contiguous: what the kernel is told is what it may read.
 struct Call {
   Tensor x, w4, w2, scale, values;
@@ -72,15 +78,15 @@ struct Call {
     TORCH_CHECK_VALUE(x_.dim() > 0 && scale.dim() == 2, "fp6: x and scale need 1 and 2 dimensions, have ", x_.dim(), " and ",
                       scale.dim());
     k = x_.size(-1), n = scale.size(1);
-    x = x_.reshape({-1, k}).contiguous(), m = x.size(0);
+    m = c10::multiply_integers(x_.sizes().slice(0, x_.dim() - 1)), x = x_.reshape({m, k}).contiguous();
     group = group_size.value_or(k), grouped = group < k;
     const int64_t strips = (n + fp6::kRows - 1) / fp6::kRows, tiles = (k + fp6::kTile - 1) / fp6::kTile;
     TORCH_CHECK_VALUE(w4.sizes() == at::IntArrayRef({strips, tiles, 2, fp6::kTile}) &&
                           w2.sizes() == at::IntArrayRef({strips, tiles, fp6::kTile}),
                       "fp6: w4 ", w4.sizes(), " and w2 ", w2.sizes(), " do not hold a weight [", n, ", ", k,
                       "] in layout cpu.v1");
-    const int64_t groups = group > 0 ? (k + group - 1) / group : 0;
-    TORCH_CHECK_VALUE(groups && scale.size(0) == groups, "fp6: scale has ", scale.size(0), " groups, ", k,
+    const int64_t groups = !group_size ? 1 : group > 0 ? (k + group - 1) / group : 0;
+    TORCH_CHECK_VALUE((groups || k == 0) && scale.size(0) == groups, "fp6: scale has ", scale.size(0), " groups, ", k,
                       " inputs in groups of ", group, " need ", groups);
     const auto found = formats().find(format);
     TORCH_CHECK_VALUE(found != formats().end(), "fp6: format: got '", string(format), "'");
@@ -113,17 +119,18 @@ Tensor by_kernel(const Call& call, int path) {
   return out.to(dtype);
 }
 
-// [m, n] by at::linear, with blocks of rows that are decoded into cache: values times scale, rounded once to x's dtype.
+// [m, n] by at::linear, with blocks of rows that are decoded into cache: values times scale, rounded once to `decoded`.
 Tensor by_blocks(const Call& call, int path) {
   const at::ScalarType dtype = call.x.scalar_type();
   const bool bf16 = dtype == at::kBFloat16;
   const int64_t step = std::max<int64_t>(1, kVendorBlock / call.k / fp6::kRows) * fp6::kRows;
   const Tensor out = at::empty({call.m, call.n}, call.x.options());
+  const Tensor x = call.x.to(decoded(dtype, call.scale, call.values));
   for (int64_t row = 0; row < call.n; row += step) {
     const int64_t count = std::min(step, call.n - row);
     const Tensor rows = at::empty({count, call.k}, at::dtype(bf16 ? at::kBFloat16 : at::kFloat));
     fp6::dequantize(fp6::path_at(path), call.weight(path).from(row, count), rows.mutable_data_ptr(), bf16);
-    out.narrow(1, row, count).copy_(at::linear(call.x, rows.to(dtype)));
+    out.narrow(1, row, count).copy_(at::linear(x, rows.to(x.scalar_type())));
   }
   return out;
 }
@@ -140,12 +147,14 @@ constexpr int64_t kFewRows = 8;  // of x: dot products; above, the vendor's matm
 // A weight in canonical planes, of any format, checked: what the kernel is told is what it may read.
 struct InPlanes {
   std::vector<Tensor> held;  // contiguous planes, then the scale
+  Tensor values;
   fp6::PlanesWeight weight{};
 
   InPlanes(int64_t k, at::TensorList planes, const Tensor& scale, std::string_view format, optional<int64_t> group_size) {
     const auto found = formats().find(format);
     TORCH_CHECK_VALUE(found != formats().end(), "fp6: format: got '", string(format), "'");
-    int bits = __builtin_ctzll(found->second.numel());
+    values = found->second;
+    int bits = __builtin_ctzll(values.numel());
     TORCH_CHECK_VALUE(static_cast<int>(planes.size()) == __builtin_popcount(bits), "fp6: got ", planes.size(), " planes, ",
                       string(format), " has ", __builtin_popcount(bits));
     TORCH_CHECK_VALUE(scale.scalar_type() == at::kFloat && scale.dim() == 2, "fp6: scale is ", scale.dtype(), " of ",
@@ -186,11 +195,12 @@ Tensor mm_in_planes(const Tensor& x_, const InPlanes& packed) {
   }
   const bool bf16 = dtype == at::kBFloat16;
   const int64_t step = std::max<int64_t>(1, kVendorBlock / w.k);
+  const Tensor wide = x.to(decoded(dtype, packed.held.back(), packed.values));
   for (int64_t row = 0; row < w.n; row += step) {
     const int64_t count = std::min(step, w.n - row);
     const Tensor rows = at::empty({count, w.k}, at::dtype(bf16 ? at::kBFloat16 : at::kFloat));
     fp6::dequantize(w, row, count, rows.mutable_data_ptr(), bf16);
-    out.narrow(1, row, count).copy_(at::linear(x, rows.to(dtype)));
+    out.narrow(1, row, count).copy_(at::linear(wide, rows.to(wide.scalar_type())));
   }
   return out.view(shape);
 }
