@@ -2,7 +2,6 @@
 
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch.testing import FileCheck
 from fp6_compile import ops
 from fp6_compile.formats import FORMATS, Format
 from fp6_compile.kernels.cpu import build
-from fp6_compile.packing import CPU, pack
+from fp6_compile.packing import CPU, PLANES, pack
 from fp6_compile.quantize import dequantize, quantize
 from tests.support import SIX_BITS, close, dequantized_
 
@@ -131,6 +130,78 @@ def test_other_dtypes_and_no_rows(group_size):
     assert torch.ops.fp6.mm(x[:0].half(), *arguments).shape == (0, 8)
 
 
+@pytest.mark.parametrize("layout", [CPU, PLANES])
+@pytest.mark.parametrize("group_size", [None, 7, 32])
+@pytest.mark.parametrize(("m", "n", "k"), [(3, 8, 0), (3, 0, 64), (0, 8, 64), (0, 0, 0)])
+def test_without_inputs_or_outputs(m, n, k, group_size, layout):
+    fmt = FORMATS["e3m2"]
+    codes, scale = torch.zeros(n, k, dtype=torch.uint8), torch.ones(-(-k // group_size) if group_size else 1, n)
+    for dtype in DTYPES:
+        out = torch.ops.fp6.mm(
+            torch.ones(2, m, k).to(dtype), pack(codes, fmt, layout), scale, "e3m2", layout, group_size
+        )
+        torch.testing.assert_close(out, torch.zeros(2, m, n, dtype=dtype))
+
+
+@pytest.mark.parametrize(("layout", "fmt"), [(CPU, "e3m2"), (PLANES, "e2m2")])
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("group_size", [None, 7, 32])
+def test_fp16_weights_beyond_fp16(group_size, m, layout, fmt):
+    """They are infinite in FP16: a sum of a positive and a negative one would be NaN, where the exact result is infinite or 0."""
+    f = FORMATS[fmt]
+    codes = torch.full((4, 70), int(f.encode(torch.tensor(1.0))), dtype=torch.uint8)
+    codes[2:, ::3] |= f.sign
+    scale = torch.full((1 if group_size is None else -(-70 // group_size), 4), 1e30)
+    x = torch.ones(m, 70).half()
+    x[:, :10] = 0
+    out = torch.ops.fp6.mm(x, pack(codes, f, layout), scale, fmt, layout, group_size)
+    assert (out == math.inf).all()
+    assert (torch.ops.fp6.mm(-x, pack(codes, f, layout), scale, fmt, layout, group_size) == -math.inf).all()
+    assert (torch.ops.fp6.mm(x * 0, pack(codes, f, layout), scale, fmt, layout, group_size) == 0).all()
+
+
+@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_code_is_its_value(name, dtype, m):
+    """Those of five exponent bits that are no numbers, too."""
+    fmt = FORMATS[name]
+    codes, scale = torch.arange(2**fmt.bits, dtype=torch.uint8)[:, None], torch.ones(1, 2**fmt.bits)
+    for layout in (PLANES, CPU) if fmt.bits == 6 else (PLANES,):
+        out = torch.ops.fp6.mm(torch.ones(m, 1, dtype=dtype), pack(codes, fmt, layout), scale, name, layout, None)
+        expected = fmt.values().to(dtype).expand(m, -1)
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("layout", "fmt"), [(CPU, "e3m2"), (PLANES, "e2m2")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 40])
+def test_a_scale_that_is_nan_stays_nan(m, dtype, layout, fmt):
+    """Whatever its bits: rounding to BF16 must not carry into the sign."""
+    codes = torch.ones(4, 64, dtype=torch.uint8)
+    scale = torch.full((1, 4), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    out = torch.ops.fp6.mm(torch.ones(m, 64, dtype=dtype), pack(codes, FORMATS[fmt], layout), scale, fmt, layout, None)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("layout", [CPU, PLANES])
+@pytest.mark.parametrize("group_size", [0, -32])
+def test_groups_without_inputs_are_refused(group_size, layout):
+    weight, _ = _weight(8, 128)
+    planes = pack(torch.zeros(8, 128, dtype=torch.uint8), weight.fmt, layout)
+    with pytest.raises(ValueError, match=f"fp6: group_size: got {group_size}, need 1 or more"):
+        torch.ops.fp6.mm(torch.randn(1, 128), planes, weight.scale, "e3m2", layout, group_size)
+
+
+def test_formats_that_the_layout_has_not_are_refused():
+    weight, _ = _weight(8, 128)
+    for name in ("e2m2", "e4m3"):
+        with pytest.raises(ValueError, match=f"fp6: format: got '{name}', layout cpu.v1 is of six bits"):
+            torch.ops.fp6.mm(torch.randn(1, 128), weight.planes, weight.scale, name, CPU, None)
+    with pytest.raises(ValueError, match="format: got 'e9m9', known formats are"):
+        torch.ops.fp6.mm(torch.randn(1, 128), weight.planes, weight.scale, "e9m9", CPU, None)
+
+
 def test_infinities_and_nan_reach_the_result(path):
     """An FP32 activation is multiplied in three parts; those of an infinity must not make it NaN."""
     codes = torch.ones(4, 64, dtype=torch.uint8)
@@ -208,7 +279,7 @@ _FALLBACK = """
 import torch
 from fp6_compile.formats import FORMATS
 from fp6_compile import ops
-from fp6_compile.packing import CPU, pack
+from fp6_compile.packing import CPU, PLANES, pack
 from fp6_compile.quantize import dequantize, quantize
 from tests.support import close, dequantized_
 

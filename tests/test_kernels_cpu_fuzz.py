@@ -50,7 +50,10 @@ def _case(path: str, seed: int) -> Case:
     planes = path == PLANES
     fmt = pick.choice([fmt for fmt in FORMATS.values() if planes or fmt.bits == 6])
     m = pick.choice([0, 1, 1, 2, 3, 4, 7, 8, 9, 16, 17, 31, 33, 64, 127, 250])
-    n, k = pick.choice([0, 1, 2, 3, 4, 5, 31, 64, 101, 263]), pick.choice([0, 1, 2, 3, 31, 32, 63, 64, 65, 257, 509, 640, 1021])
+    n, k = (
+        pick.choice([0, 1, 2, 3, 4, 5, 31, 64, 101, 263]),
+        pick.choice([0, 1, 2, 3, 31, 32, 63, 64, 65, 257, 509, 640, 1021]),
+    )
     if seed % 25 == 0:  # beyond what is decoded at a time
         n, k, m = pick.choice([(4099, 640, 3), (2063, 1021, 9), (70, 33013, 2)])
     blocks = planes or pick.random() < 0.5
@@ -73,7 +76,9 @@ def _case(path: str, seed: int) -> Case:
     return Case(x, codes, scale, fmt, group_size, blocks, pick.choice([1, 2]))
 
 
-def _activations(pick: random.Random, make: torch.Generator, m: int, k: int, dtype: torch.dtype, special: bool) -> Tensor:
+def _activations(
+    pick: random.Random, make: torch.Generator, m: int, k: int, dtype: torch.dtype, special: bool
+) -> Tensor:
     size = pick.choice([1.0, 1.0, 1e-3, 100.0, torch.finfo(dtype).smallest_normal])
     x = (torch.randn(m, 2 * k, generator=make) * size).to(dtype)
     if special and x.numel():
@@ -87,7 +92,12 @@ def _activations(pick: random.Random, make: torch.Generator, m: int, k: int, dty
         "one row": lambda: x[:1, :k].expand(m, k),
         "one input": lambda: x[:, :1].expand(m, k) if k else x,
         "three dimensions": lambda: x[:, :k].expand(2, m, k),
-    }[pick.choice(["contiguous"] * 3 + ["rows apart", "inputs apart", "transposed", "one row", "one input", "three dimensions"])]()
+    }[
+        pick.choice(
+            ["contiguous"] * 3
+            + ["rows apart", "inputs apart", "transposed", "one row", "one input", "three dimensions"]
+        )
+    ]()
 
 
 def _call(path: str, case: Case) -> Tensor:
@@ -133,7 +143,9 @@ def _ratio(path: str, seed: int) -> float:
     expected, magnitude = x @ weight.T, x.abs() @ weight.abs().T
     assert (~out[~expected.isfinite()].isfinite()).all(), "finite where the exact result is not"
     if case.scale.isfinite().all():  # else infinity or NaN: a scale multiplies sums, or weights
-        torch.testing.assert_close(out[~expected.isfinite()], expected[~expected.isfinite()], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(
+            out[~expected.isfinite()], expected[~expected.isfinite()], rtol=0, atol=0, equal_nan=True
+        )
     held = 1e38  # well within float32, and so no partial sum leaves it
     safe = (magnitude < held) & (x.abs() @ values.abs().T < held)
     bound = _bound(path, case, expected, magnitude)

@@ -33,7 +33,9 @@ def _run(folder: Path, sanitizers: str, threads: int) -> str:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compile_ = [[*command, *sanitize, "-DFP6_WITHOUT_TORCH"] for command in objects.values()]
         list(pool.map(lambda command: subprocess.run(command, cwd=folder, check=True), compile_))
-    subprocess.run([compiler, *sanitize, *(f"{name}.o" for name in objects), "-o", "main", "-pthread"], cwd=folder, check=True)
+    subprocess.run(
+        [compiler, *sanitize, *(f"{name}.o" for name in objects), "-o", "main", "-pthread"], cwd=folder, check=True
+    )
     result = subprocess.run(["./main", str(threads)], cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
