@@ -26,7 +26,6 @@ def _run(folder: Path, sanitizers: str, threads: int) -> str:
         pytest.skip("the compiler lacks the sanitizers")
     objects, _ = build.commands(compiler)
     del objects["op"]  # torch's side
-    # Any object's flags but its name and its instruction set.
     x86 = ["-DFP6_X86"] if "amx" in objects else []
     objects["harness"] = [compiler, "-std=c++20", *x86, f"-I{Path(build.__file__).parent}", "-c", str(HARNESS)]
     objects["harness"] += ["-o", "harness.o"]
