@@ -10,6 +10,8 @@ import pytest
 
 from fp6_compile.kernels.cpu import build
 
+pytestmark = pytest.mark.slow
+
 HARNESS = Path(__file__).parent / "sanitize.cpp"
 
 
@@ -44,7 +46,6 @@ def test_addresses_and_undefined_behaviour(tmp_path):
     assert _run(tmp_path, "address,undefined", 1).startswith("clean: 1 threads")
 
 
-@pytest.mark.slow
 def test_threads(tmp_path):
     """Eight threads call all of it at once, for the first time, and each call has a second thread of its own."""
     assert _run(tmp_path, "thread", 8).startswith("clean: 8 threads")
