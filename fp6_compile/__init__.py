@@ -8,6 +8,7 @@
     ops        fp6::dequantize, fp6::mm: what a packed weight means
     config     the options
     linears    which inputs of a graph are weights, and why others are not
+    names      what modules and parameters are called
     merging    which weights multiply the same input
     weights    packed planes, once per parameter, never stale
     report     what was taken, what was left alone and why

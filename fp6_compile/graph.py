@@ -23,8 +23,9 @@ from torch.fx import Graph, GraphModule, Node, map_arg
 
 from fp6_compile.config import Options
 from fp6_compile.formats import AUTO, Format, get_format
-from fp6_compile.linears import Weight, find_weight, module_names, refusal
+from fp6_compile.linears import find_weight, refusal
 from fp6_compile.merging import Candidate, groups
+from fp6_compile.names import Names
 from fp6_compile.packing import layout_for, plane_names
 from fp6_compile.quantize import choose_format
 from fp6_compile.report import LinearReport, count
@@ -46,6 +47,8 @@ class PackedGraph:
         self.kept = list(range(len(example_inputs)))
         self.taken: list[WeightInput] = []
         self.lines: dict[int, LinearReport] = {}
+        self.names = Names(gm)
+        self.names.check(options)
         for group in groups(self._candidates(gm)):
             if len(group) > 1 or not group[0].packed:
                 self._take(group)
@@ -75,10 +78,11 @@ class PackedGraph:
             packed = getattr(value, "_local_tensor", value)  # a DTensor's
             weight = find_weight(node)
             if isinstance(packed, PackedTensor):
-                self.lines[position] = _packed_already(node, packed)
+                name = self.names.of(node, value, weight.matmuls if weight else ())[0]
+                self.lines[position] = _packed_already(name, packed)
             if weight is None or not _is_static(node, value):
                 continue
-            candidate = Candidate(position, weight, value, module_names(weight))
+            candidate = Candidate(position, weight, value, self.names.of(node, value, weight.matmuls))
             if isinstance(packed, PackedTensor):
                 if packed is value and _can_move(candidate):
                     yield candidate
@@ -191,11 +195,10 @@ def _can_move(candidate: Candidate) -> bool:
     return as_linear and weight.mutated_by is None and not value.is_inference()
 
 
-def _packed_already(node: Node, weight: PackedTensor) -> LinearReport:
+def _packed_already(name: str, weight: PackedTensor) -> LinearReport:
     """The line of a weight that quantize_ or load has packed: the graph multiplies by it through fp6::mm by itself."""
-    name, shape = module_names(Weight(node))[0], tuple(weight.shape)
     how = {"note": "packed already", "format": weight.spec.format}
-    return LinearReport(name, shape, weight.dtype, weight.nbytes, weight.packed_bytes, **how)
+    return LinearReport(name, tuple(weight.shape), weight.dtype, weight.nbytes, weight.packed_bytes, **how)
 
 
 def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

@@ -11,7 +11,6 @@ whatever those names become is the business of `fp6::dequantize`, which stands i
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import torch
@@ -82,22 +81,6 @@ def input_of(weight: Weight) -> Node | None:
     matmul = weight.matmuls[0]
     position = 1 if _name(matmul) in _ADDMM else 0
     return None if _name(matmul) == "einsum" else _arguments(matmul)[position]
-
-
-def module_names(weight: Weight) -> list[str]:
-    """The names a `skip` glob is matched with, the one to report first: of the modules that multiply, of the parameter.
-
-    Names are relative to the module whose forward Dynamo is tracing; after a graph break that is a submodule.
-    """
-    parameter = _path(_source(weight.placeholder)) or weight.placeholder.name
-    modules = []
-    for node in weight.matmuls:
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        name = _path(stack[-1][0]) if stack else ""
-        if parameter.endswith("weight") and name:
-            modules.append(name)
-    names = [*modules, parameter.removesuffix(".weight")]
-    return list(dict.fromkeys(names))
 
 
 def refusal(weight: Weight, value: Tensor, names: list[str], options: Options) -> tuple[str, bool] | None:
@@ -234,17 +217,3 @@ def _name(user: Node) -> str:
     name = getattr(target, "__name__", str(target))
     module = getattr(target, "__module__", None) or "torch"
     return name if module.split(".")[0] in ("torch", "_operator", "builtins") else f"{module}.{name}"
-
-
-def _source(placeholder: Node) -> str:
-    """Where Dynamo found the input, as Python text: `L['self']._modules['fc']._parameters['weight']`."""
-    source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", "")
-    return name if isinstance(name, str) else name()  # a method before torch 2.12
-
-
-def _path(source: str) -> str:
-    """`model.layers.0.fc.weight` from a source's or a module stack's text."""
-    inner = re.sub(r"^[LG]\['\w+'\]", "", source).replace(".__dict__['_modules']", "._modules")
-    inner = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", inner)
-    return re.sub(r"\[(?:'([^']+)'|(\d+))\]", lambda m: "." + (m[1] or m[2]), inner).strip(".")

@@ -15,7 +15,7 @@ FLOORS = [
     {"slabs"},
     {"packing", "quantize"},
     {"algorithms", "config", "kernels"},
-    {"ops", "linears", "weights", "report", "storage"},
+    {"ops", "linears", "names", "weights", "report", "storage"},
     {"merging"},
     {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank", "places"},
     {"backend", "model", "manifest"},

@@ -33,10 +33,11 @@ def quantize(weight: Tensor, fmt: Format, group_size: int | None) -> tuple[Tenso
         or library() is None
     ):
         return None
+    weight = weight.resolve_neg()  # what lies in memory is read
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     group = min(group_size or k, k)
-    w4, w2 = (torch.empty(shape, dtype=torch.uint8) for shape in _tile_shapes(n, k))
-    scale = torch.empty(-(-k // group), n)
+    w4, w2 = (weight.new_empty(shape, dtype=torch.uint8) for shape in _tile_shapes(n, k))
+    scale = weight.new_empty(-(-k // group), n, dtype=torch.float32)
     _function("fp6_quantize")(
         *(weight.data_ptr(), _DTYPES.index(weight.dtype), weight.stride(0), n, k, group),
         *(fmt.exponent_bits, fmt.mantissa_bits, fmt.max, w4.data_ptr(), w2.data_ptr(), scale.data_ptr()),
@@ -53,7 +54,7 @@ def repack(planes: Sequence[Tensor], source: str, target: str, n: int, k: int) -
     if tuple(tuple(plane.shape) for plane in planes) != shapes[source]:
         return None
     given = tuple(plane.contiguous() for plane in planes)
-    made = tuple(torch.empty(shape, dtype=torch.uint8) for shape in shapes[target])
+    made = tuple(given[0].new_empty(shape) for shape in shapes[target])
     canonical, tiles = (given, made) if source == PLANES else (made, given)
     _function("fp6_repack")(target == PLANES, n, k, *(plane.data_ptr() for plane in (*canonical, *tiles)))
     return made[0], made[1]
