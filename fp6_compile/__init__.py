@@ -8,6 +8,8 @@
     ops        fp6::dequantize, fp6::mm: what a packed weight means
     config     the options
     linears    which inputs of a graph are weights, and why others are not
+    hidden     which other weights matmuls read: inside of functions, or computed
+    fused      fused attention, written out as ordinary linears
     names      what modules and parameters are called
     merging    which weights multiply the same input
     weights    packed planes, once per parameter, never stale

@@ -58,7 +58,7 @@ class Names:
         known = self._of_parameters.get(id(value), [text])
         owners = [name.removesuffix(".weight") for name in known]
         readers = [name for name in map(self._module, matmuls) if name and any(n.endswith(".weight") for n in known)]
-        first = [name for name in readers if name in owners or known == [text]]
+        first = [name for name in readers if name in owners or id(value) not in self._of_parameters]
         names = list(dict.fromkeys([*first, *owners, *readers]))
         if len(self._models) > 1 and placeholder in self._roots:
             names.insert(0, f"{self._roots[placeholder][1]}.{names[0]}".strip("."))

@@ -35,7 +35,7 @@ from torch._inductor.pattern_matcher import (
     PatternMatcherPass,
     register_graph_pattern,
 )
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, map_arg
 from torch.utils._pytree import tree_leaves
 
 from fp6_compile import ops
@@ -67,9 +67,12 @@ def presented_weight(node: Node) -> tuple[Node, Tensor] | None:
         return None
     shown = torch.empty(node.meta["val"].shape, device="meta")
     for view in reversed([v for v in chain if v.target in _VIEWS]):
-        if any(isinstance(arg, Node) for arg in view.all_input_nodes[1:]):
+        # Sizes that are not known may only be those of leading dimensions, which are broadcast; any example will do.
+        sizes = {size: getattr(size.meta["val"].node, "hint", None) for size in view.all_input_nodes[1:]}
+        if not all(isinstance(size, int) for size in (*view.meta["val"].shape[-2:], *sizes.values())):
             return None
-        shown = view.target(shown, *view.args[1:], **view.kwargs)  # type: ignore[operator]
+        args, kwargs = map_arg((view.args[1:], view.kwargs), sizes.__getitem__)
+        shown = view.target(shown, *args, **kwargs)  # type: ignore[operator]
     return node, shown
 
 
