@@ -39,15 +39,20 @@ class Names:
         for node in gm.graph.find_nodes(op="placeholder"):
             if (value := _example(node)) is not None and value.dim() > 1 and (root := self._root(node)) is not None:
                 self._roots[node] = root
-        self._models = {id(model): model for model, _ in self._roots.values()}
+        self._several = len({id(model) for model, _ in self._roots.values()}) > 1
+        self._models: list[torch.nn.Module] = []
         self._of_modules: dict[int, str] = {}
         self._of_parameters: dict[int, list[str]] = {}
-        for model in self._models.values():
-            for name, module in model.named_modules():
-                self._of_modules.setdefault(id(module), name)
-        for model in self._models.values():
-            for name, parameter in model.named_parameters(remove_duplicate=False):
-                self._of_parameters.setdefault(id(parameter), []).append(name)
+        for model in (*(model for model, _ in self._roots.values()), *self._called):
+            if id(model) not in self._of_modules:  # else a part of one before
+                self._add(model)
+
+    def _add(self, model: torch.nn.Module) -> None:
+        self._models.append(model)
+        for name, module in model.named_modules():
+            self._of_modules.setdefault(id(module), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._of_parameters.setdefault(id(parameter), []).append(name)
 
     def of(self, placeholder: Node, value: Any, matmuls: Iterable[Node] = ()) -> list[str]:
         """The names that a `skip` glob is matched with, the one to report first.
@@ -60,19 +65,18 @@ class Names:
         readers = [name for name in map(self._module, matmuls) if name and any(n.endswith(".weight") for n in known)]
         first = [name for name in readers if name in owners or id(value) not in self._of_parameters]
         names = list(dict.fromkeys([*first, *owners, *readers]))
-        if len(self._models) > 1 and placeholder in self._roots:
+        if self._several and placeholder in self._roots:
             names.insert(0, f"{self._roots[placeholder][1]}.{names[0]}".strip("."))
         return names
 
     def check(self, options: Options) -> None:
         """Warn of globs of `skip` that match no module of the models in this graph: once for each model."""
-        models = [*self._models.values(), *(m for m in self._called if id(m) not in self._of_modules)]
-        fresh = {m: set(options.skip) - _warned.get(m, set()) for m in models}
-        globs = [glob for glob in options.skip if models and all(glob in new for new in fresh.values())]
-        names = [name for model in models for name in names_in(model)]
+        said = set(options.skip).intersection(*(_warned.get(model, set()) for model in self._models))
+        fresh = Options(skip=tuple(glob for glob in options.skip if self._models and glob not in said))
+        names = [name for model in self._models for name in names_in(model)]
         names += [f"{text}.{name}" for model, text in {*self._roots.values()} for name in names_in(model)]
-        missed = warn_of_unmatched(Options(skip=tuple(globs)), names, _described(models))
-        for model in models:
+        missed = warn_of_unmatched(fresh, names, ", ".join(dict.fromkeys(type(model).__name__ for model in self._models)))
+        for model in self._models:
             _warned.setdefault(model, set()).update(missed)
 
     def _root(self, node: Node) -> tuple[torch.nn.Module, str] | None:
@@ -113,7 +117,8 @@ class Names:
 def names_in(model: torch.nn.Module) -> Iterator[str]:
     """All names that a glob may match in a model: of modules, and of parameters, which need not be some module's weight."""
     yield from (name for name, _ in model.named_modules(remove_duplicate=False))
-    yield from (name.removesuffix(".weight") for name, _ in model.named_parameters(remove_duplicate=False))
+    parameters = model.named_parameters(remove_duplicate=False)
+    yield from (name.removesuffix(".weight") for name, parameter in parameters if parameter.dim() > 1)
 
 
 def warn_of_unmatched(options: Options, names: Iterable[str], where: str) -> list[str]:
@@ -127,10 +132,6 @@ def warn_of_unmatched(options: Options, names: Iterable[str], where: str) -> lis
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         log.warning("fp6: skip: %r matches no module of %s%s", glob, where, hint)
     return missed
-
-
-def _described(models: Iterable[torch.nn.Module]) -> str:
-    return ", ".join(dict.fromkeys(type(model).__name__ for model in models))
 
 
 def _call_stack() -> tuple[list[torch.nn.Module], Mapping[str, Any]]:

@@ -97,8 +97,14 @@ def rows_shown(node: Node, rows_first: bool) -> range | None:
 
 
 def _weight_is(name: str, rows_first: bool = False) -> Any:
-    # Keywords that a pattern does not name are passed over by the matcher, and addmm's beta and alpha are such.
-    return lambda match: not match.output_node().kwargs and rows_shown(match.kwargs[name], rows_first) is not None
+    def check(match: Match) -> bool:
+        # Keywords that a pattern does not name are passed over by the matcher, and addmm's beta and alpha are such. An x of
+        # another dtype than the weight's is the matmul's to refuse, as in eager code.
+        x, w = match.kwargs["x"], match.kwargs[name]
+        shown = not match.output_node().kwargs and rows_shown(w, rows_first) is not None
+        return shown and x.meta["val"].dtype == w.meta["val"].dtype
+
+    return check
 
 
 def _packed(node: Node, rows_first: bool = False) -> tuple[Any, ...]:
