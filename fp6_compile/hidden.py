@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import detect_fake_mode
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node, map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -76,22 +76,25 @@ def _multiplied(gm: GraphModule, node: Node, made_of: Mapping[Node, set[Node]]) 
     if node.op == "call_method":
         function, args = getattr(args[0], str(node.target)), args[1:]
     try:
-        with torch.no_grad(), _no_trace_in_shapes(values), watch:
+        with torch.no_grad(), _fake_mode_of(values), watch:
             function(*args, **kwargs)  # type: ignore[operator]
-    except NotImplementedError:  # torch.cond and the like cannot be watched: all that they read is named
+    except Exception:  # torch.cond, for one, cannot be watched: all that such a function reads is named
         return set().union(*watch.made_of.values())
     return watch.multiplied
 
 
 @contextlib.contextmanager
-def _no_trace_in_shapes(values: Any) -> Iterator[None]:
-    """Dynamo's symbolic sizes get no guards in this context, and no new symbols."""
-    fake_mode = detect_fake_mode(tree_leaves(list(values.values())))
-    shapes = None if fake_mode is None else fake_mode.shape_env
+def _fake_mode_of(values: Any) -> Iterator[None]:
+    """Dynamo's fake mode; its symbolic sizes get no guards in this context, and no new symbols."""
+    modes = (getattr(tensor, "fake_mode", None) for tensor in _leaves(list(values.values())))
+    fake_mode = next((mode for mode in modes if mode is not None), None)
     with contextlib.ExitStack() as stack:
-        if shapes is not None:
-            stack.enter_context(shapes.suppress_guards())
-            stack.enter_context(shapes.ignore_fresh_unbacked_symbols())
+        if fake_mode is not None:
+            stack.enter_context(fake_mode)
+            stack.enter_context(enable_python_dispatcher())  # whose operators take symbolic sizes
+            if (shapes := fake_mode.shape_env) is not None:
+                stack.enter_context(shapes.suppress_guards())
+                stack.enter_context(shapes.ignore_fresh_unbacked_symbols())
         yield
 
 
