@@ -15,6 +15,7 @@
     weights    packed planes, once per parameter, never stale
     report     what was taken, what was left alone and why
     graph      Dynamo's graph with packed weights
+    views      what views show of a dequantized weight
     passes     matmul of a dequantized weight => fp6::mm
     lowerings  fp6::mm => Inductor template, epilogue fused
     kernels    Triton for GPUs, C++ for CPUs

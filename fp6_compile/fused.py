@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -39,30 +40,31 @@ def unfused(gm: GraphModule) -> GraphModule:
         return gm
     gm, _ = copied(gm)
     for node in list(gm.graph.nodes):
-        if node.op == "call_function" and node.target in _PLAIN:
-            _write_out(gm.graph, node)
+        values = [value.meta["example_value"] for value in node.all_input_nodes] if node.target in _PLAIN else []
+        # Not for weights of other kinds, such as sharded ones.
+        if values and all(isinstance(value, FakeTensor) for value in values):
+            _write_out(gm.graph, node, values)
     gm.recompile()
     return gm
 
 
-def _write_out(graph: Graph, node: Node) -> None:
+def _write_out(graph: Graph, node: Node, values: list[FakeTensor]) -> None:
     inputs = node.all_input_nodes
-    values = [value.meta["example_value"] for value in inputs]
 
     def function(*given: Any) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), dict(zip(inputs, given, strict=True)).__getitem__)
         return _PLAIN[node.target](*args, **kwargs)
 
-    modes = {value.fake_mode for value in values if isinstance(value, Tensor)}
-    with modes.pop():
+    with values[0].fake_mode:
         traced = make_fx(function, pre_dispatch=True)(*values)
     copies = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(node):
         for inner in traced.graph.nodes:
             if inner.op not in ("placeholder", "output"):
                 copies[inner] = new = graph.node_copy(inner, copies.__getitem__)
-                new.meta |= {"example_value": inner.meta.get("val"), "nn_module_stack": node.meta.get("nn_module_stack")}
-    outputs = map_arg(traced.graph.output_node().args[0], copies.__getitem__)
+                new.meta["example_value"] = inner.meta.get("val")
+                new.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
+    outputs: Any = map_arg(traced.graph.output_node().args[0], copies.__getitem__)
     if isinstance(outputs, Node):
         node.replace_all_uses_with(outputs)
     for user in list(node.users):  # a tuple's: Dynamo takes it apart at once
@@ -104,7 +106,7 @@ def _encoder_layer(
         hidden = hidden.flatten(0, 1) if hidden is not None and mask_type == 2 else hidden
         x = x.transpose(0, 1)
         weights = in_weight, in_bias, None, None, False, 0.0, out_weight, out_bias
-        masks = {"key_padding_mask" if mask_type == 1 else "attn_mask": hidden}
+        masks: dict[str, Any] = {"key_padding_mask" if mask_type == 1 else "attn_mask": hidden}
         out, _ = F.multi_head_attention_forward(
             x, x, x, embed_dim, num_heads, *weights, training=False, need_weights=False, **masks
         )

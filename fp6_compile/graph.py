@@ -219,4 +219,6 @@ def _is_of_model(node: Node, value: Any) -> bool:
 
 def _is_static(node: Node, value: Any) -> bool:
     """Whether an input is part of the model, and can be a weight: a KV cache is static, and none."""
-    return _is_of_model(node, value) and (value.dim() == 2 or (value.dim() > 2 and isinstance(value, torch.nn.Parameter)))
+    if isinstance(value, torch.nn.Parameter):
+        return value.dim() > 1
+    return _is_of_model(node, value) and value.dim() == 2

@@ -1,5 +1,5 @@
-"""Weights that a matmul reads where linears.py does not look: inside of a function (bilinear, an LSTM, attention), or computed
-from parameters on the way (`weight * mask`, `a @ b`, weight_norm). None of them is taken, all of them are named.
+"""Weights that a matmul reads where linears.py does not look: inside of a function (bilinear, an LSTM, attention), or
+computed from parameters on the way (`weight * mask`, `a @ b`, weight_norm). None of them is taken, all of them are named.
 
 What a function does with its arguments is not looked up in a list: it is run, on the tensors without values that Dynamo has
 for it, and its operators are watched. What is computed from parameters alone is a weight as they are; what is computed from
@@ -67,7 +67,7 @@ def _multiplied(gm: GraphModule, node: Node, made_of: Mapping[Node, set[Node]]) 
         # A copy, for the function may write; and its own, whoever else reads the tensor.
         value = tree_map(lambda t: t.detach().clone() if isinstance(t, Tensor) else t, argument.meta["example_value"])
         if argument in made_of and not (function_name(node) == "linear" and node.args[:1] == (argument,)):
-            watch.made_of |= {id(tensor): made_of[argument] for tensor in tree_leaves(value) if isinstance(tensor, Tensor)}
+            watch.made_of |= {id(tensor): made_of[argument] for tensor in _leaves(value)}
         return value
 
     values = {argument: value_of(argument) for argument in node.all_input_nodes}

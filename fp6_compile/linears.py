@@ -36,8 +36,8 @@ _SWAPS = {"transpose", "swapaxes", "swapdims"}
 _CASTS = {"to", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach", "data", "_get_data_attr"}
 # ... and those that cut or bend it: followed only to tell a weight that is refused from an input that is no weight.
 _VIEWS = {
-    *("getitem", "__getitem__", "view", "reshape", "flatten", "chunk", "split", "split_with_sizes", "unbind", "narrow", "select", "slice"),
-    *("expand", "squeeze", "unsqueeze", "index_select"),
+    *("getitem", "__getitem__", "view", "reshape", "flatten", "chunk", "split", "split_with_sizes", "unbind", "narrow"),
+    *("select", "slice", "expand", "squeeze", "unsqueeze", "index_select"),
 }
 _WRITES = {
     *("setitem", "__setitem__", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),

@@ -75,7 +75,8 @@ class Names:
         fresh = Options(skip=tuple(glob for glob in options.skip if self._models and glob not in said))
         names = [name for model in self._models for name in names_in(model)]
         names += [f"{text}.{name}" for model, text in {*self._roots.values()} for name in names_in(model)]
-        missed = warn_of_unmatched(fresh, names, ", ".join(dict.fromkeys(type(model).__name__ for model in self._models)))
+        classes = dict.fromkeys(type(model).__name__ for model in self._models)
+        missed = warn_of_unmatched(fresh, names, ", ".join(classes))
         for model in self._models:
             _warned.setdefault(model, set()).update(missed)
 
@@ -93,8 +94,10 @@ class Names:
 
     def _outermost(self, module: torch.nn.Module, expression: str) -> tuple[torch.nn.Module, str]:
         if id(module) not in self._known:
-            larger = [model for model in self._called if model is not module and any(m is module for m in model.modules())]
-            self._known[id(module)] = (larger[0], type(larger[0]).__name__) if larger else (module, expression)
+            holders = (m for m in self._called if m is not module and any(part is module for part in m.modules()))
+            largest = next(holders, None)
+            known = (module, expression) if largest is None else (largest, type(largest).__name__)
+            self._known[id(module)] = known
         return self._known[id(module)]
 
     def _evaluated(self, expression: str) -> Any:

@@ -17,7 +17,7 @@ FLOORS = [
     {"algorithms", "config", "kernels"},
     {"ops", "linears", "names", "fused", "weights", "report", "storage"},
     {"merging", "hidden"},
-    {"graph", "passes", "lowerings", "tensor", "dispatch", "lowrank", "places"},
+    {"views", "graph", "passes", "lowerings", "tensor", "dispatch", "lowrank", "places"},
     {"backend", "model", "manifest"},
     {"calibration", "checkpoint", "mx", "sensitivity", "explanation"},
     {"cli"},

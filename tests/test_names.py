@@ -226,7 +226,9 @@ def test_a_glob_that_matches_nothing_packed_in_place(caplog):
 def test_without_torch_compile_the_input_is_the_name(captured):
     """A graph that the backend is given directly: there is no call to look into."""
     graphs = []
-    torch.compile(Plain().half(), backend=lambda gm, inputs: graphs.append((gm, inputs)) or gm)(torch.randn(2, N).half())
+    torch.compile(Plain().half(), backend=lambda gm, inputs: graphs.append((gm, inputs)) or gm)(
+        torch.randn(2, N).half()
+    )
     from fp6_compile.backend import fp6
 
     with torch.no_grad():

@@ -47,7 +47,9 @@ def _close_tuples(actual, expected):
             close(a, e, roundings=8)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"key_padding_mask": PADDING}, {"attn_mask": CAUSAL}], ids=["", "padding", "mask"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"key_padding_mask": PADDING}, {"attn_mask": CAUSAL}], ids=["", "padding", "mask"]
+)
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_attention_is_taken(batch_first, need_weights, kwargs, captured):
@@ -260,7 +262,9 @@ def test_functional_call_inside(captured):
         for _ in range(3):
             given = {name: torch.randn_like(parameter) / 16 for name, parameter in model.named_parameters()}
             torch.testing.assert_close(compiled(given, x), torch.func.functional_call(model, given, (x,)))
-    assert {name: linear.reason for name, linear in _lines().items()} == dict.fromkeys(["0", "2"], "not an nn.Parameter")
+    assert {name: linear.reason for name, linear in _lines().items()} == dict.fromkeys(
+        ["0", "2"], "not an nn.Parameter"
+    )
 
 
 def test_functional_call_of_a_compiled_model(captured):
