@@ -41,22 +41,23 @@ def unfused(gm: GraphModule) -> GraphModule:
     gm, _ = copied(gm)
     for node in list(gm.graph.nodes):
         values = [value.meta["example_value"] for value in node.all_input_nodes] if node.target in _PLAIN else []
+        tensors = [value for value in values if isinstance(value, Tensor)]
         # Not for weights of other kinds, such as sharded ones.
-        if values and all(isinstance(value, FakeTensor) for value in values):
-            _write_out(gm.graph, node, values)
+        if tensors and all(isinstance(tensor, FakeTensor) for tensor in tensors):
+            with tensors[0].fake_mode:
+                _write_out(gm.graph, node, values)
     gm.recompile()
     return gm
 
 
-def _write_out(graph: Graph, node: Node, values: list[FakeTensor]) -> None:
+def _write_out(graph: Graph, node: Node, values: list[Any]) -> None:
     inputs = node.all_input_nodes
 
     def function(*given: Any) -> Any:
         args, kwargs = map_arg((node.args, node.kwargs), dict(zip(inputs, given, strict=True)).__getitem__)
         return _PLAIN[node.target](*args, **kwargs)
 
-    with values[0].fake_mode:
-        traced = make_fx(function, pre_dispatch=True)(*values)
+    traced = make_fx(function, pre_dispatch=True)(*values)
     copies = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
     with graph.inserting_before(node):
         for inner in traced.graph.nodes:

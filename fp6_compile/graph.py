@@ -84,7 +84,7 @@ class PackedGraph:
             if isinstance(packed, PackedTensor):
                 name = self.names.of(node, value, weight.matmuls if weight else ())[0]
                 self.lines[position] = _packed_already(name, packed)
-            if weight is None or not (_is_static(node, value) or any(map(is_linear, weight.matmuls))):
+            if weight is None or not (_is_static(node, value) or is_linear(weight)):
                 continue
             candidate = Candidate(position, weight, value, self.names.of(node, value, weight.matmuls))
             if isinstance(packed, PackedTensor):

@@ -76,6 +76,11 @@ def find_weight(placeholder: Node) -> Weight | None:
     return weight if weight.matmuls else None
 
 
+def is_linear(weight: Weight) -> bool:
+    """Whether what reads it says by its name that it is a weight, wherever it comes from: F.linear's, addmm's."""
+    return weight.taken and any(function_name(matmul) in _LINEAR | _ADDMM for matmul in weight.matmuls)
+
+
 def input_of(weight: Weight) -> Node | None:
     """The x that the weight's first matmul multiplies; None in einsum, which may bend it first."""
     matmul = weight.matmuls[0]
@@ -203,11 +208,6 @@ def _writes(user: Node, weight: Node) -> bool:
     in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
     written = user.args[:1] if name in _WRITES or user.op == "call_method" else user.args
     return (in_place and weight in tree_leaves(written)) or user.kwargs.get("out") is weight
-
-
-def is_linear(user: Node) -> bool:
-    """Whether `user` is one by its name, so that what it multiplies by is a weight wherever it comes from."""
-    return function_name(user) in _LINEAR | _ADDMM
 
 
 def function_name(user: Node) -> str:

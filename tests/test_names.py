@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 import fp6_compile
+from fp6_compile.backend import fp6
+from fp6_compile.report import forget_reports
 
 N = 128
 
@@ -229,8 +231,7 @@ def test_without_torch_compile_the_input_is_the_name(captured):
     torch.compile(Plain().half(), backend=lambda gm, inputs: graphs.append((gm, inputs)) or gm)(
         torch.randn(2, N).half()
     )
-    from fp6_compile.backend import fp6
-
     with torch.no_grad():
         fp6(*graphs[0])
     assert _reported() == [f"l_self_modules_{name}_parameters_weight_" for name in ("body", "lm_head")]
+    forget_reports()  # torch._dynamo.reset() does, for backends that it has called
