@@ -43,8 +43,9 @@ def unfused(gm: GraphModule) -> GraphModule:
         values = [value.meta["example_value"] for value in node.all_input_nodes] if node.target in _PLAIN else []
         tensors = [value for value in values if isinstance(value, Tensor)]
         # Not for weights of other kinds, such as sharded ones.
-        if tensors and all(isinstance(tensor, FakeTensor) for tensor in tensors):
-            with tensors[0].fake_mode:
+        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        if fakes and len(fakes) == len(tensors):
+            with fakes[0].fake_mode:
                 _write_out(gm.graph, node, values)
     gm.recompile()
     return gm
