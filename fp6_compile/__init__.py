@@ -32,7 +32,9 @@ Packed models as files and objects:
     tensor      a packed weight that stays the parameter of its nn.Linear  <- start here
     lowrank     what quantization may add to a linear: low-rank factors, a bias
     dispatch    what such a weight can do beside multiplying
+    files       what others wrote: regular files inside their folder, plain JSON
     storage     safetensors folders, one tensor at a time
+    scaled      FP8 and int8 checkpoints, with their scales
     places      a model's tensors and all their names
     model       quantize_: a model's linears in place, one by one
     calibration calibrate_: quantize_ with an algorithm, block by block

@@ -11,20 +11,23 @@ compile_fx, with passes.py in the joint graph and lowerings/ behind fp6::mm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo.backends import registry
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch.fx import GraphModule
 
 from fp6_compile import lowerings
 from fp6_compile.config import Options
+from fp6_compile.formats import get_format
 from fp6_compile.graph import PackedGraph
+from fp6_compile.packing import SLABS, lane_dtype
 from fp6_compile.passes import FP6Pass
-from fp6_compile.report import Report, forget_reports, publish, publish_refresh
-from fp6_compile.weights import forget_weights
+from fp6_compile.report import Report, forget_reports, publish
+from fp6_compile.weights import PackSpec, forget_weights
 
 # Pointwise kernels that do not depend on each other are one launch: in attention the rotary embeddings of q and k, and the
 # writes of k and v to the cache. Not reductions: with them in it, a kernel's block sizes fit nobody.
@@ -54,13 +57,12 @@ def fp6(
     lowerings.register()
     packed = PackedGraph(gm, example_inputs, parsed)
     publish(Report(tuple(packed.linears), parsed.format))
+    patches["joint_custom_pre_pass"].decisions += str(_verdicts(set(packed.taken.specs)))
     compiled: Any = compile_fx(packed.gm, packed.inputs(), config_patches=patches)
     kept, taken = packed.kept, packed.taken
 
     def run(*args: Any) -> Any:
-        planes = [tensor for weight in taken for tensor in weight.tensors(args)]
-        publish_refresh()
-        inputs = [*(args[position] for position in kept), *planes]
+        inputs = [*(args[position] for position in kept), *taken.tensors(args)]
         if torch.is_grad_enabled():
             return compiled(*inputs)
         # fp6::mm's gradient is a Python kernel, and asking it whether it is needed takes longer than launching the matmul.
@@ -70,12 +72,39 @@ def fp6(
     return run
 
 
+def _verdicts(specs: Iterable[PackSpec]) -> list[str]:
+    """What the self-tests said of the kernels for these weights: it decides on their code."""
+    on_gpu = [spec for spec in specs if spec.device.type == "cuda" and spec.layout in SLABS.values()]
+    if not on_gpu:
+        return []
+    from fp6_compile.kernels.device import may_use_wgmma  # here, because it imports Triton
+
+    found = []
+    for spec in on_gpu:
+        problem = spec.device, lane_dtype(spec.layout), get_format(spec.format), spec.group_size
+        found.append(f"{problem} {may_use_wgmma(*problem)}")
+    return sorted(found)
+
+
 def _reset() -> None:
     forget_weights()
     forget_reports()
 
 
 fp6.reset = _reset  # type: ignore[attr-defined]  # torch._dynamo.reset() calls it
+
+
+class _Registry(dict[str, Any]):
+    """torch's table of backends, in which `fp6` may be registered again, by itself.
+
+    Threads that look it up first at the same moment register it one after the other, and torch asserts that there was none.
+    """
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) and self[str(name)] is not fp6
+
+
+registry._COMPILER_FNS = _Registry(registry._COMPILER_FNS)
 
 
 def inductor_patches(options: Options, on_gpu: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ configuration, stay as they are. (Exchanging whole folders would lose those, and
 have.) Shards that no index names are removed by the next save: one writer at a time.
 
 `load` checks everything, every byte and whether it fits the model, before it touches the model, and then goes through it one
-tensor at a time, from the mapped file to the device and into the device's layout.
+tensor at a time, from files that it has held open since it checked them to the device and into the device's layout.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from fp6_compile import lowrank
+from fp6_compile.files import short
 from fp6_compile.manifest import INDEX, CheckpointError, Manifest, Weight, index_text, metadata, shards_of
 from fp6_compile.packing import PLANES
-from fp6_compile.places import Place, places
+from fp6_compile.places import Place, places, undone_on_error, usable
 from fp6_compile.report import LinearReport, Report, progress
-from fp6_compile.storage import DTYPES, read, replace, safetensors, sync_folder, write
+from fp6_compile.storage import Entry, read, replace, safetensors, sync_folder, write
 from fp6_compile.tensor import PackedTensor
 
 _SHARD_BYTES = 4 << 30
@@ -75,17 +76,17 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.devi
     Raises:
         CheckpointError (a ValueError): the folder is no checkpoint, is damaged, of an unknown version, or does not fit the
             model. The model is then as it was.
+        ValueError: no such device, and the model is as it was; a file that is changed while it is loaded, and parameters
+            that were on the meta device are there again.
         ImportError: no safetensors library.
     """
     safetensors()
-    model = getattr(model, "_orig_mod", model)
+    model, target = getattr(model, "_orig_mod", model), usable(device)
     manifest = Manifest.read(Path(folder))
     found = {name: place for place in places(model) for name in place.names}
     grown = _growth(model, found, manifest)
-    _check_fits(found | grown, manifest)
-    for name, place in grown.items():
-        lowrank.grow(*place.owners[0], place.tensor)
-        found[name] = place
+    found |= grown
+    _check_fits(found, manifest)
     aliases: dict[str, list[Place]] = {}
     for alias, name in manifest.tied.items():
         aliases.setdefault(name, []).append(found[alias])
@@ -94,10 +95,14 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.devi
             if other is not found[name]:
                 found[name].join(other)
     lines = []
-    for name in progress([*manifest.plain, *manifest.weights], "fp6: loading"):
-        _fill(found[name], name, manifest, device)
-        if name in manifest.weights:
-            lines.append(_line(found[name]))
+    with undone_on_error(model):
+        for name in progress([*manifest.plain, *manifest.weights], "fp6: loading"):
+            _fill(found[name], name, manifest, target)
+            if name in manifest.weights:
+                lines.append(_line(found[name]))
+    for place in grown.values():
+        linear, attribute = place.owners[0]
+        lowrank.grow(linear, attribute, getattr(linear, attribute))
     return Report(tuple(lines), ", ".join(sorted({weight.format for weight in manifest.weights.values()})))
 
 
@@ -107,17 +112,16 @@ def _growth(model: nn.Module, found: dict[str, Place], manifest: Manifest) -> di
     new = {name: entry for name, entry in entries.items() if name not in found}
     owners = lowrank.growth(model, {name: entry.shape for name, entry in new.items()})
     return {
-        name: Place(lowrank.empty(new[name].shape, DTYPES[new[name].dtype]), [name], [owner])
-        for name, owner in owners.items()
+        name: Place(lowrank.empty(new[name].shape, linear.get_parameter("weight").dtype), [name], [(linear, attribute)])
+        for name, (linear, attribute) in owners.items()
     }
 
 
-def _fill(place: Place, name: str, manifest: Manifest, device: torch.device | str | None) -> None:
-    target = torch.device(device) if device is not None else place.tensor.device
+def _fill(place: Place, name: str, manifest: Manifest, device: torch.device | None) -> None:
+    target = device or place.tensor.device
     target = torch.device("cpu") if target.type == "meta" else target
     if name in manifest.plain:
-        (_, value), *_ = read([manifest.plain[name]], target)
-        place.put(value.clone())
+        place.put(manifest.plain[name].read(target))
     else:
         place.put(_read_packed(manifest, name, target))
 
@@ -126,7 +130,7 @@ def _read_packed(manifest: Manifest, name: str, device: torch.device) -> PackedT
     weight = manifest.weights[name]
     *planes, scale = (t for _, t in read((manifest.entries[f"{name}.{s}"] for s in weight.tensors()), device))
     how = (weight.format, weight.group_size, weight.shape[1], weight.dtype)
-    return PackedTensor.from_planes(planes, scale.clone(), *how)  # planes are repacked, and thereby copied
+    return PackedTensor.from_planes(planes, scale, *how)
 
 
 def _line(place: Place) -> LinearReport:
@@ -202,15 +206,17 @@ def _check_can_be_saved(model: nn.Module) -> None:
 
 
 def _check_fits(found: dict[str, Place], manifest: Manifest) -> None:
-    shapes = {name: entry.shape for name, entry in manifest.plain.items()}
-    shapes |= {name: weight.shape for name, weight in manifest.weights.items()}
-    shapes |= {alias: shapes[name] for alias, name in manifest.tied.items()}
-    missing, extra = sorted(found.keys() - shapes.keys()), sorted(shapes.keys() - found.keys())
+    stored: dict[str, Entry | Weight] = {**manifest.plain, **manifest.weights}
+    stored |= {alias: stored[name] for alias, name in manifest.tied.items()}
+    missing, extra = sorted(found.keys() - stored.keys()), sorted(stored.keys() - found.keys())
     if missing or extra:
         parts = [f"lacks {len(missing)} of its tensors ({', '.join(missing[:3])})"] if missing else []
-        parts += [f"has {len(extra)} others ({', '.join(extra[:3])})"] if extra else []
+        parts += [f"has {len(extra)} others ({', '.join(map(short, extra[:3]))})"] if extra else []
         raise CheckpointError(f"fp6: {manifest.folder} is not of this model: it {' and '.join(parts)}")
     for name, place in found.items():
-        if tuple(place.tensor.shape) != tuple(shapes[name]):
-            have, want = list(place.tensor.shape), list(shapes[name])
+        about, tensor = stored[name], place.tensor
+        if tuple(tensor.shape) != tuple(about.shape):
+            have, want = list(tensor.shape), list(about.shape)
             raise CheckpointError(f"fp6: {name} is {have} in the model and {want} in {manifest.folder}")
+        if not about.fits(tensor.dtype):
+            raise CheckpointError(f"fp6: {name} is {tensor.dtype} in the model and {about.dtype} in {manifest.folder}")

@@ -27,6 +27,8 @@ def copied(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
     for node, twin in copies.items():
         if hasattr(node, "_dynamo_source"):
             twin._dynamo_source = node._dynamo_source
+        # Dynamo takes it out of its own nodes later: it has a weak reference to the parameter, which then cannot be moved.
+        twin.meta.pop("grapharg", None)
     new = GraphModule(gm, graph)
     new.meta = gm.meta
     if hasattr(gm, "_param_name_to_source"):

@@ -32,7 +32,7 @@ from fp6_compile.packing import layout_for, plane_names
 from fp6_compile.quantize import choose_format
 from fp6_compile.report import LinearReport, count
 from fp6_compile.tensor import PackedTensor
-from fp6_compile.weights import PackSpec, Planes, WeightInput, packed_planes
+from fp6_compile.weights import PackSpec, Planes, WeightInputs, packed_planes
 
 
 class PackedGraph:
@@ -45,16 +45,16 @@ class PackedGraph:
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
         self.options = options
         self.example_inputs = example_inputs
+        self.names = Names(gm)
+        self.names.check(options)
         gm = unfused(gm)
         self.gm, self._copies = copied(gm)
         self.kept = list(range(len(example_inputs)))
-        self.taken: list[WeightInput] = []
+        self.taken = WeightInputs()
+        self._planes: list[Planes] = []
         self.lines: dict[int, LinearReport] = {}
-        self.names = Names(gm)
-        self.names.check(options)
         for group in groups(self._candidates(gm)):
-            if len(group) > 1 or not group[0].packed:
-                self._take(group)
+            self._take(group)
         self.gm.graph.lint()
         self.gm.recompile()
 
@@ -65,7 +65,7 @@ class PackedGraph:
 
     def planes(self) -> list[Tensor]:
         """The planes and scales of all weights that were taken: the last inputs of the new graph."""
-        return [tensor for weight in self.taken for tensor in weight.planes.tensors]
+        return [tensor for planes in self._planes for tensor in planes.packing.tensors]
 
     def inputs(self) -> list[Any]:
         """Example inputs of the new graph. Packed ones are fake already: AOTAutograd would give their sizes symbols."""
@@ -82,11 +82,11 @@ class PackedGraph:
             packed = getattr(value, "_local_tensor", value)  # a DTensor's
             weight = weights.get(node)
             if isinstance(packed, PackedTensor):
-                name = self.names.of(node, value, weight.matmuls if weight else ())[0]
+                name = self.names.of(position, value, weight.matmuls if weight else ())[0]
                 self.lines[position] = _packed_already(name, packed)
             if weight is None or not (_is_static(node, value) or is_linear(weight)):
                 continue
-            candidate = Candidate(position, weight, value, self.names.of(node, value, weight.matmuls))
+            candidate = Candidate(position, weight, value, self.names.of(position, value, weight.matmuls))
             if isinstance(packed, PackedTensor):
                 if packed is value and _can_move(candidate):
                     yield candidate
@@ -119,12 +119,13 @@ class PackedGraph:
             return
         for planes in packs:
             self._replace(group, planes)
-            self.taken.append(WeightInput([candidate.position for candidate in group], planes))
+            self.taken.add([candidate.position for candidate in group], planes)
+            self._planes.append(planes)
         for i, candidate in enumerate(group):
             self._drop(candidate)
             if not candidate.packed:
                 count("linears_taken")
-            size = sum(tensor.nbytes for planes in packs for tensor in planes.weights[i].tensors)
+            size = sum(tensor.nbytes for planes in packs for tensor in planes.packing.rows[i])
             self._report(candidate, size, note=_note(candidate, group), format=packs[0].spec.format)
 
     def _pack(self, group: list[Candidate], transposed: bool) -> Planes:
@@ -153,11 +154,11 @@ class PackedGraph:
             new = whole
             if len(group) > 1:
                 with self.gm.graph.inserting_after(last):
-                    new = last = self.gm.graph.call_method("narrow", (whole, 0, first, candidate.rows))
+                    new = last = self.gm.graph.call_function(torch.narrow, (whole, 0, first, candidate.rows))
                 first += candidate.rows
             if transposed:
                 with self.gm.graph.inserting_after(last):
-                    new = last = self.gm.graph.call_method("t", (new,))
+                    new = last = self.gm.graph.call_function(torch.t, (new,))
             for user in candidate.weight.users[transposed]:
                 self._copies[user].replace_input_with(self._copies[candidate.weight.placeholder], new)
 

@@ -32,7 +32,9 @@ def grow(linear: nn.Module, attribute: str, value: Tensor) -> None:
     """Give the linear a bias or a factor that does not require grad; with a factor it becomes a LowRankLinear, in place."""
     if attribute in FACTORS:
         linear.__class__ = LowRankLinear
-    setattr(linear, attribute, nn.Parameter(value.detach(), requires_grad=False))
+    if not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value.detach(), requires_grad=False)
+    setattr(linear, attribute, value)
 
 
 def growth(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[nn.Module, str]]:

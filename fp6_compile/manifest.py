@@ -24,9 +24,10 @@ from typing import Any
 
 import torch
 
+from fp6_compile.files import member, parse_json, read_json, reason, short
 from fp6_compile.formats import get_format
 from fp6_compile.packing import PLANES, canonical_shapes, plane_names
-from fp6_compile.storage import DTYPES, Entry, entries, read, sha256
+from fp6_compile.storage import DTYPES, Entry, File, read
 
 VERSION = 1
 INDEX = "fp6.json"
@@ -54,6 +55,10 @@ class Weight:
         groups = 1 if self.group_size is None else -(-k // self.group_size)
         return {**planes, "scale": (torch.float32, (groups, n))}
 
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether it can stand for a parameter of `dtype`."""
+        return dtype in _DTYPES.values()
+
     def to_json(self) -> dict[str, Any]:
         """As it stands in a shard's metadata."""
         about = {"format": self.format, "group_size": self.group_size, "shape": list(self.shape)}
@@ -75,7 +80,7 @@ class Weight:
             return weight
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"fp6: {name}: not a packed weight this version can read: {type(error).__name__}: {error}"
+                f"fp6: {short(name)}: not a packed weight this version can read: {type(error).__name__}: {short(error)}"
             ) from error
 
 
@@ -107,20 +112,18 @@ class Manifest:
         tied: dict[str, str] = {}
         for name, about in _read_index(folder).items():
             shard = _check_file(folder, name, about)
-            new, metadata = _open(shard)
-            said = _parse_json(metadata.get("fp6", "null"), f"the metadata of {shard.name}")
-            _check_version(said, shard.name)
-            _add(found, new, shard.name)
-            _add(
-                weights, {n: Weight.from_json(n, w) for n, w in _dict(said, "weights", shard.name).items()}, shard.name
-            )
-            _add(tied, _dict(said, "tied", shard.name), shard.name)
+            new, said = _open(shard)
+            _check_version(said, name)
+            _add(found, new, name)
+            _add(weights, {n: Weight.from_json(n, w) for n, w in _dict(said, "weights", name).items()}, name)
+            _add(tied, _dict(said, "tied", name), name)
         _check_tensors(found, weights)
         names = weights.keys() | found.keys()
-        if lost := [name for name, target in tied.items() if target not in names or name in names]:
-            raise CheckpointError(
-                f"fp6: {lost[0]} is tied to {tied[lost[0]]!r}, which is not there, or is there itself"
-            )
+        for name, target in tied.items():
+            if not isinstance(target, str) or target not in names or name in names:
+                raise CheckpointError(
+                    f"fp6: {short(name)} is tied to {short(target)!r}, which is not there, or is there itself"
+                )
         return cls(folder, found, weights, tied)
 
 
@@ -143,11 +146,14 @@ def shards_of(folder: Path) -> Iterable[Path]:
 
 
 def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
-    path = folder / INDEX
     try:
-        index = _parse_json(path.read_bytes(), INDEX)
-    except OSError as error:
-        raise CheckpointError(f"fp6: {folder} is not a checkpoint: cannot read {INDEX}: {error.strerror}") from error
+        path = member(folder, INDEX)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"fp6: {folder} is not a checkpoint: cannot read {INDEX}: {reason(error)}") from error
+    try:
+        index = read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"fp6: {reason(error)}") from error
     _check_version(index, INDEX)
     shards = _dict(index, "shards", INDEX)
     claimed = index.pop("sha256", None)
@@ -162,29 +168,35 @@ def _check_version(said: Any, where: str) -> None:
         raise CheckpointError(f"fp6: {where} gives no version: not written by fp6_compile, or damaged")
     if version != VERSION:
         raise CheckpointError(
-            f"fp6: {where} is of version {version}, this fp6_compile reads version {VERSION}; "
+            f"fp6: {where} is of version {short(version)}, this fp6_compile reads version {VERSION}; "
             "use the one that wrote it, or quantize the model anew"
         )
     if said.get("layout") != PLANES:
         raise CheckpointError(
-            f"fp6: {where} has planes in layout {said.get('layout')!r}, this fp6_compile reads {PLANES!r}"
+            f"fp6: {where} has planes in layout {short(said.get('layout'))!r}, this fp6_compile reads {PLANES!r}"
         )
 
 
-def _check_file(folder: Path, name: str, about: Any) -> Path:
-    path = folder / name
-    if path.name != name or not path.is_file():
-        raise CheckpointError(f"fp6: {name}, which {INDEX} names, is missing")
-    if not isinstance(about, dict) or path.stat().st_size != about.get("bytes"):
-        raise CheckpointError(f"fp6: {path.name} has {path.stat().st_size} bytes, {INDEX} says {about}")
-    if sha256(path) != about.get("sha256"):
-        raise CheckpointError(f"fp6: {path.name} is damaged: its SHA-256 is not the one in {INDEX}")
-    return path
-
-
-def _open(shard: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def _check_file(folder: Path, name: str, about: Any) -> File:
     try:
-        return entries(shard)
+        path = member(folder, name)
+        if path.name != name:
+            raise ValueError("it is not in the folder itself")
+        file = File(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"fp6: {short(name)}, which {INDEX} names, is missing: {reason(error)}") from error
+    if not isinstance(about, dict) or file.size != about.get("bytes"):
+        raise CheckpointError(f"fp6: {name} has {file.size} bytes, {INDEX} says {short(about)}")
+    if file.sha256() != about.get("sha256"):
+        raise CheckpointError(f"fp6: {name} is damaged: its SHA-256 is not the one in {INDEX}")
+    return file
+
+
+def _open(shard: File) -> tuple[dict[str, Entry], Any]:
+    """The tensors, and what the metadata says of them."""
+    try:
+        found, metadata = shard.entries()
+        return found, parse_json(metadata.get("fp6", "null"), f"the metadata of {shard.path.name}")
     except ValueError as error:
         raise CheckpointError(f"fp6: {error}") from error
 
@@ -194,23 +206,24 @@ def _check_tensors(found: Mapping[str, Entry], weights: Mapping[str, Weight]) ->
         for suffix, (dtype, shape) in weight.tensors().items():
             entry = found.get(f"{name}.{suffix}")
             if entry is None:
-                raise CheckpointError(f"fp6: {name}.{suffix} is missing")
+                raise CheckpointError(f"fp6: {short(name)}.{suffix} is missing")
             if (DTYPES.get(entry.dtype), entry.shape) != (dtype, shape):
                 raise CheckpointError(
-                    f"fp6: {entry.name} is {entry.dtype} of shape {list(entry.shape)}, expected {dtype} of {list(shape)}"
+                    f"fp6: {short(entry.name)} is {entry.dtype} of shape {list(entry.shape)}, "
+                    f"expected {dtype} of {list(shape)}"
                 )
     for entry in found.values():
         if entry.dtype not in DTYPES:
-            raise CheckpointError(f"fp6: {entry.name} is of dtype {entry.dtype}, which this version cannot read")
+            raise CheckpointError(f"fp6: {short(entry.name)} is of dtype {entry.dtype}, which this version cannot read")
     scales = [found[f"{name}.scale"] for name in weights]
     for entry, scale in read(scales):
         if not (scale.isfinite().all() and (scale > 0).all()):
-            raise CheckpointError(f"fp6: {entry.name} has values that are NaN, infinite or not positive")
+            raise CheckpointError(f"fp6: {short(entry.name)} has values that are NaN, infinite or not positive")
 
 
 def _add(known: dict[str, Any], new: Mapping[str, Any], where: str) -> None:
     if twice := known.keys() & new.keys():
-        raise CheckpointError(f"fp6: {sorted(twice)[0]} is in {where} and in another shard")
+        raise CheckpointError(f"fp6: {short(sorted(twice)[0])} is in {where} and in another shard")
     known |= new
 
 
@@ -218,13 +231,6 @@ def _dict(said: Any, key: str, where: str) -> dict[str, Any]:
     if not isinstance(said.get(key), dict):
         raise CheckpointError(f"fp6: {where} has no table {key!r}")
     return said[key]
-
-
-def _parse_json(text: str | bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"fp6: {where} is not JSON: {error}") from error
 
 
 def _digest(value: Any) -> str:

@@ -23,9 +23,10 @@ from fp6_compile.formats import DEFAULT
 from fp6_compile.kernels.config import supports
 from fp6_compile.lowrank import has_plain_forward
 from fp6_compile.names import names_in, warn_of_unmatched
-from fp6_compile.places import Place, places
+from fp6_compile.places import Place, places, undone_on_error, usable
 from fp6_compile.report import LinearReport, Report, log_report, progress
-from fp6_compile.storage import Entry, folder_entries, read
+from fp6_compile.scaled import Scaled, stored
+from fp6_compile.storage import Entry
 from fp6_compile.tensor import DTYPES, PackedTensor
 
 
@@ -50,7 +51,8 @@ def quantize_(
         model: any module.
         format, group_size, scale, skip, min_features, float32, strict: as in config.Options; names are module names.
         device: where the model goes, and where it is quantized; None leaves it where it is (with `source`: a CPU).
-        source: a folder of safetensors files, with the names of `model.state_dict()`, that has parameters and buffers.
+        source: a folder of safetensors files, with the names of `model.state_dict()`, that has parameters and buffers; 8-bit
+            weights with scales are dequantized (scaled.py says which).
         target_bits: with format="auto", formats of 4 to 8 bits are mixed over the linears so that the model's error is least
             at this many bits a weight, scales counted. Every weight is then read twice.
         sensitivity: for that, of every linear by name, as `fp6_compile.sensitivities` measures it; without it, what it is
@@ -60,9 +62,11 @@ def quantize_(
         What was packed, what was left alone and why; it is logged, too.
 
     Raises:
-        ValueError: a bad option; with `strict`, a linear that cannot be packed; `source` lacks a tensor or has one of
-            another shape; tensors on the meta device that `source` does not have; `target_bits` without format="auto", or
-            fewer than the smallest formats take. The model is then as it was.
+        ValueError: a bad option, no such device; with `strict`, a linear that cannot be packed; `source` lacks a tensor or
+            has one of another shape, or of a dtype that its parameter cannot have, or is quantized in a way that is not
+            read; tensors on the meta device that `source` does not have; `target_bits` without format="auto", or fewer than
+            the smallest formats take. The model is then as it was. A file of `source` that changes while it is read:
+            parameters that were on the meta device are there again.
         FileNotFoundError, ImportError: no safetensors files in `source`; no safetensors library.
     """
     given = {"format": format, "group_size": group_size, "scale": scale, "skip": skip, "min_features": min_features}
@@ -70,22 +74,22 @@ def quantize_(
     if target_bits is not None and format != "auto":
         raise ValueError(f"target_bits: got {target_bits} with format={format!r}, needs format='auto'")
     model = getattr(model, "_orig_mod", model)
-    target = torch.device(device) if device is not None else torch.device("cpu") if source is not None else None
+    target = usable(device) or (torch.device("cpu") if source is not None else None)
     warn_of_unmatched(options, names_in(model), type(model).__name__)
     found = places(model)
     refusals = {id(place): refusal(place, options, target) for place in found if is_weight(place, options)}
-    entries = {} if source is None else folder_entries(source)
-    values = Values(found, entries, target)
+    values = Values(found, source, target)
     if strict:
         check_strictly([place for place in found if id(place) in refusals], refusals, values)
     mixed = {} if target_bits is None else _mix(found, refusals, values, options, target_bits, sensitivity or {})
     lines = []
-    for place in progress(found, "fp6: packing"):
-        if id(place) in refusals:
-            chosen = replace(options, format=mixed.get(id(place), options.format))
-            lines.append(_pack(place, values.of(place), refusals[id(place)], chosen))
-        else:
-            keep(place, values.of(place))
+    with undone_on_error(model):
+        for place in progress(found, "fp6: packing"):
+            if id(place) in refusals:
+                chosen = replace(options, format=mixed.get(id(place), options.format))
+                lines.append(_pack(place, values.of(place), refusals[id(place)], chosen))
+            else:
+                keep(place, values.of(place))
     report = Report(tuple(lines), format)
     log_report(report)
     return report
@@ -94,30 +98,40 @@ def quantize_(
 class Values:
     """Where the values of each place come from: the model itself, or a folder."""
 
-    def __init__(self, found: list[Place], entries: Mapping[str, Entry], device: torch.device | None) -> None:
-        self.entries = {id(place): entries[name] for place in found for name in place.names if name in entries}
+    def __init__(self, found: list[Place], source: str | os.PathLike[str] | None, device: torch.device | None) -> None:
+        entries = {} if source is None else stored(source, (name for place in found for name in place.names))
+        # Buffers that state_dict leaves out come from a file only if the model has no values for them.
+        wanted = [place for place in found if place.is_persistent or place.tensor.is_meta]
+        self.entries = {id(place): entries[name] for place in wanted for name in place.names if name in entries}
         self.device = device
         missing = [
             p.names[0]
             for p in found
-            if id(p) not in self.entries and (p.tensor.is_meta or (entries and p.is_persistent))
+            if id(p) not in self.entries and (p.tensor.is_meta or (source is not None and p.is_persistent))
         ]
         if missing:
-            where = "not in source" if entries else "on the meta device: give source=, or load the model"
-            hint = "" if entries else " (fp6_compile.empty_parameters() keeps buffers off it)"
+            where = "on the meta device: give source=, or load the model" if source is None else "not in source"
+            hint = " (fp6_compile.empty_parameters() keeps buffers off it)" if source is None else ""
             raise ValueError(f"fp6: {len(missing)} tensors of the model are {where}{hint}: {', '.join(missing[:5])}")
-        for place in found:
-            entry = self.entries.get(id(place))
-            if entry is not None and entry.shape != tuple(place.tensor.shape):
-                shape = list(place.tensor.shape)
-                raise ValueError(f"fp6: {entry.name} is {list(entry.shape)} in source and {shape} in the model")
+        for place in wanted:
+            if (entry := self.entries.get(id(place))) is not None:
+                _check_fits(entry, place.tensor)
 
     def of(self, place: Place) -> Tensor:
         """The value, on the device; the place's own tensor if that is where it is."""
         entry = self.entries.get(id(place))
         if entry is None:
             return place.tensor.detach().to(self.device or place.tensor.device)
-        return next(read([entry], self.device or "cpu"))[1]
+        return entry.read(self.device or "cpu")
+
+
+def _check_fits(entry: Entry | Scaled, tensor: Tensor) -> None:
+    if entry.shape != tuple(tensor.shape):
+        shape = list(tensor.shape)
+        raise ValueError(f"fp6: {entry.name} is {list(entry.shape)} in source and {shape} in the model")
+    if not entry.fits(tensor.dtype):
+        scales = ", without scales," if tensor.is_floating_point() and entry.dtype.startswith(("F8", "I", "U")) else ""
+        raise ValueError(f"fp6: {entry.name} is {entry.dtype}{scales} in source and {tensor.dtype} in the model")
 
 
 def is_weight(place: Place, options: Options) -> bool:
@@ -212,4 +226,4 @@ def keep(place: Place, value: Tensor) -> None:
     """Put a value that is not packed into its place, in the place's dtype, unless it is there already."""
     old = place.tensor
     if old.is_meta or value.device != old.device or value.data_ptr() != old.data_ptr():
-        place.put(value.to(old.dtype, copy=True))
+        place.put(value.to(old.dtype))

@@ -15,7 +15,6 @@ their reader in vLLM, model_executor/layers/quantization/quark/schemes/quark_ocp
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
@@ -27,10 +26,11 @@ from torch import Tensor, nn
 
 from fp6_compile.formats import FORMATS
 from fp6_compile.packing import PLANES, pack
-from fp6_compile.places import Place, places
+from fp6_compile.places import Place, places, undone_on_error, usable
 from fp6_compile.report import LinearReport, Report, log_report, progress
+from fp6_compile.scaled import quantization
 from fp6_compile.storage import Entry, folder_entries, read
-from fp6_compile.tensor import PackedTensor
+from fp6_compile.tensor import DTYPES, PackedTensor
 
 BLOCK = 32
 _FORMATS = {f"fp6_{name}": name for name in ("e3m2", "e2m3")}
@@ -38,7 +38,7 @@ _FORMATS = {f"fp6_{name}": name for name in ("e3m2", "e2m3")}
 
 def is_mx(folder: str | os.PathLike[str]) -> bool:
     """Whether the folder's config.json says that Quark quantized it."""
-    return _quantization(Path(folder)).get("quant_method") == "quark"
+    return (quantization(Path(folder)) or {}).get("quant_method") == "quark"
 
 
 def load_mx(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Report:
@@ -51,31 +51,32 @@ def load_mx(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.d
 
     Raises:
         ValueError: not written by Quark; a weight of another format; tensors missing or of a wrong shape or dtype; a scale
-            that is NaN. The model is then as it was.
+            that is NaN; no such device. The model is then as it was. A file that changes while it is read: parameters that
+            were on the meta device are there again.
         FileNotFoundError, ImportError: no safetensors files; no safetensors library.
     """
-    folder = Path(folder)
-    config = _quantization(folder)
+    folder, chosen = Path(folder), usable(device)
+    config = quantization(folder) or {}
     if config.get("quant_method") != "quark":
         raise ValueError(f"fp6: {folder}: config.json has no quantization_config of quant_method 'quark'")
     entries, found = folder_entries(folder), places(model)
     plans = {id(place): _plan(place, entries, config) for place in found}
     lines = []
-    for place in progress(found, "fp6: importing"):
-        plan = plans[id(place)]
-        if plan is None:
-            continue
-        target = torch.device(device) if device is not None else place.tensor.device
-        target = torch.device("cpu") if target.type == "meta" else target
-        tensors = [tensor for _, tensor in read(plan[1], target)]
-        if len(tensors) == 1:
-            place.put(tensors[0].to(place.tensor.dtype, copy=True))
-        else:
-            packed = packed_tensor(tensors[0], tensors[1], plan[0], place.tensor.dtype)
-            place.put(packed)
-            lines.append(
-                LinearReport(place.title, tuple(packed.shape), packed.dtype, packed.nbytes, packed.packed_bytes)
-            )
+    with undone_on_error(model):
+        for place in progress(found, "fp6: importing"):
+            plan = plans[id(place)]
+            if plan is None:
+                continue
+            target = chosen or place.tensor.device
+            target = torch.device("cpu") if target.type == "meta" else target
+            tensors = [tensor for _, tensor in read(plan[1], target)]
+            if len(tensors) == 1:
+                place.put(tensors[0].to(place.tensor.dtype))
+            else:
+                packed = packed_tensor(tensors[0], tensors[1], plan[0], place.tensor.dtype)
+                place.put(packed)
+                about = place.title, tuple(packed.shape), packed.dtype, packed.nbytes, packed.packed_bytes
+                lines.append(LinearReport(*about))
     report = Report(tuple(lines), "/".join(sorted({plan[0] for plan in plans.values() if plan and plan[0]})))
     log_report(report)
     return report
@@ -113,8 +114,14 @@ def _plan(place: Place, entries: Mapping[str, Entry], config: Mapping[str, Any])
     shape = tuple(place.tensor.shape)
     if scale is None:
         _expect(weight, shape, None)
+        if not weight.fits(place.tensor.dtype):
+            raise ValueError(f"fp6: {name} is {weight.dtype} in the checkpoint and {place.tensor.dtype} in the model")
         return "", [weight]
     format = _format(name.removesuffix(".weight"), config)
+    if place.tensor.dtype not in DTYPES:
+        raise ValueError(
+            f"fp6: {name} is {place.tensor.dtype} in the model, MX needs one of {', '.join(map(str, DTYPES))}"
+        )
     if len(shape) != 2 or shape[1] % BLOCK:
         raise ValueError(f"fp6: {name} is {list(shape)} in the model, MX needs inputs that are a multiple of {BLOCK}")
     _expect(weight, (shape[0], shape[1] // 4 * 3), ("U8",))
@@ -133,26 +140,19 @@ def _expect(entry: Entry, shape: tuple[int, ...], dtypes: tuple[str, ...] | None
 
 
 def _format(layer: str, config: Mapping[str, Any]) -> str:
-    by_layer = config.get("layer_quant_config") or {}
-    chosen = next(
-        (about for glob, about in by_layer.items() if fnmatchcase(layer, glob)), config.get("global_quant_config")
-    )
-    about = (chosen or {}).get("weight") or {}
-    if isinstance(about, list):
-        about = about[0] if len(about) == 1 else {}
-    dtype, group = about.get("dtype"), about.get("group_size")
+    try:
+        by_layer = config.get("layer_quant_config") or {}
+        chosen = next(
+            (about for glob, about in by_layer.items() if fnmatchcase(layer, glob)), config.get("global_quant_config")
+        )
+        about = (chosen or {}).get("weight") or {}
+        if isinstance(about, list):
+            about = about[0] if len(about) == 1 else {}
+        dtype, group = str(about.get("dtype")), about.get("group_size")
+    except AttributeError as error:
+        raise ValueError(f"fp6: {layer}: not a quantization_config of Quark's: {error}") from error
     if dtype not in _FORMATS or group != BLOCK:
         raise ValueError(
             f"fp6: {layer} is {dtype!r} in groups of {group}; read are {sorted(_FORMATS)} in groups of {BLOCK}"
         )
     return _FORMATS[dtype]
-
-
-def _quantization(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text()) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"fp6: {path} is not JSON: {error}") from error
-    found = config.get("quantization_config") if isinstance(config, dict) else None
-    return found if isinstance(found, dict) else {}

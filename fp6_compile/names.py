@@ -35,10 +35,12 @@ class Names:
     def __init__(self, gm: GraphModule) -> None:
         self._called, self._scope = _call_stack()
         self._known: dict[int, tuple[torch.nn.Module, str]] = {}
-        self._roots: dict[Node, tuple[torch.nn.Module, str]] = {}
-        for node in gm.graph.find_nodes(op="placeholder"):
-            if (value := _example(node)) is not None and value.dim() > 1 and (root := self._root(node)) is not None:
-                self._roots[node] = root
+        self._texts: list[str] = []
+        self._roots: dict[int, tuple[torch.nn.Module, str]] = {}
+        for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+            self._texts.append(_path(_source(node)) or node.name)
+            if _is_matrix(node) and (root := self._root(node)) is not None:
+                self._roots[position] = root
         self._several = len({id(model) for model, _ in self._roots.values()}) > 1
         self._models: list[torch.nn.Module] = []
         self._of_modules: dict[int, str] = {}
@@ -54,19 +56,18 @@ class Names:
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._of_parameters.setdefault(id(parameter), []).append(name)
 
-    def of(self, placeholder: Node, value: Any, matmuls: Iterable[Node] = ()) -> list[str]:
-        """The names that a `skip` glob is matched with, the one to report first.
+    def of(self, position: int, value: Any, matmuls: Iterable[Node] = ()) -> list[str]:
+        """The names that a `skip` glob is matched with, the one to report first, of the graph's input at `position`.
 
         That is the parameter's own name; of a tied one's, that of a module among those that run `matmuls`.
         """
-        text = _path(_source(placeholder)) or placeholder.name
-        known = self._of_parameters.get(id(value), [text])
+        known = self._of_parameters.get(id(value), [self._texts[position]])
         owners = [name.removesuffix(".weight") for name in known]
         readers = [name for name in map(self._module, matmuls) if name and any(n.endswith(".weight") for n in known)]
         first = [name for name in readers if name in owners or id(value) not in self._of_parameters]
         names = list(dict.fromkeys([*first, *owners, *readers]))
-        if self._several and placeholder in self._roots:
-            names.insert(0, f"{self._roots[placeholder][1]}.{names[0]}".strip("."))
+        if self._several and position in self._roots:
+            names.insert(0, f"{self._roots[position][1]}.{names[0]}".strip("."))
         return names
 
     def check(self, options: Options) -> None:
@@ -163,9 +164,9 @@ def _variables(frame: Any) -> list[Any]:
     return [*frame.f_locals.values(), *(frame.f_globals.get(name) for name in frame.f_code.co_names)]
 
 
-def _example(placeholder: Node) -> Tensor | None:
+def _is_matrix(placeholder: Node) -> bool:
     value = placeholder.meta.get("example_value")
-    return value if isinstance(value, Tensor) else None
+    return isinstance(value, Tensor) and value.dim() > 1
 
 
 def _source(placeholder: Node) -> str:

@@ -59,7 +59,7 @@ def pack(codes: Tensor, fmt: Format, layout: str) -> tuple[Tensor, ...]:
         return _pack_planes(codes, fmt)
     if layout == CPU and fmt.bits == 6:
         return _pack_tiles(codes)
-    return slabs.pack(codes, fmt, _lane_dtype(layout))
+    return slabs.pack(codes, fmt, lane_dtype(layout))
 
 
 def unpack(planes: Sequence[Tensor], fmt: Format, layout: str, n: int, k: int) -> Tensor:
@@ -69,7 +69,7 @@ def unpack(planes: Sequence[Tensor], fmt: Format, layout: str, n: int, k: int) -
     elif layout == CPU and fmt.bits == 6:
         codes = _unpack_tiles(*planes)
     else:
-        codes = slabs.unpack(planes, fmt, _lane_dtype(layout))
+        codes = slabs.unpack(planes, fmt, lane_dtype(layout))
     return codes[:n, :k]
 
 
@@ -118,11 +118,11 @@ def inputs_held(planes: Sequence[Tensor], fmt: Format, layout: str) -> Held:
         return Held(8 // fmt.planes[0] * planes[0].shape[1], _plane_granularity(fmt))
     if layout == CPU:
         return Held(TILE_K * planes[0].shape[1], TILE_K)
-    _lane_dtype(layout)
+    lane_dtype(layout)
     return Held(BLOCK_K * planes[0].shape[1], BLOCK_K)
 
 
-def _lane_dtype(layout: str) -> torch.dtype:
+def lane_dtype(layout: str) -> torch.dtype:
     for dtype, name in SLABS.items():
         if name == layout:
             return dtype

@@ -44,7 +44,7 @@ from fp6_compile.views import COPIES, VIEWS, presented_weight, rows_shown
 
 aten, fp6, prims = torch.ops.aten, torch.ops.fp6, torch.ops.prims
 
-_SOURCES = (".py", ".jinja", ".cpp", ".h")
+_SOURCES = (".py", ".jinja", ".cpp", ".h", ".json")
 
 _matmuls = PatternMatcherPass(pass_name="fp6_mm")
 _leftovers = PatternMatcherPass(pass_name="fp6_dequantize")
@@ -192,10 +192,14 @@ def _is_view(node: Node) -> bool:
 
 
 class FP6Pass(CustomGraphPass):
-    """Rewrites one graph in place. `before`: the user's own joint-graph passes, which run first, as they would have."""
+    """Rewrites one graph in place.
 
-    def __init__(self, options: str, before: Sequence[Any] = ()) -> None:
-        self.options = options
+    `decisions`: a text of what, beside our sources, decides on the code. `before`: the user's own joint-graph passes, which
+    run first, as they would have.
+    """
+
+    def __init__(self, decisions: str, before: Sequence[Any] = ()) -> None:
+        self.decisions = decisions
         self.before = tuple(before)
 
     def __call__(self, graph: Graph) -> None:
@@ -208,11 +212,11 @@ class FP6Pass(CustomGraphPass):
         _leftovers.apply(graph)
 
     def uuid(self) -> Any | None:
-        """Part of Inductor's cache key: all our sources (the key does not cover lowerings and kernels) and the options."""
+        """Part of Inductor's cache key: `decisions`, and our sources and tuned tables, which the key does not cover."""
         theirs = [graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None for graph_pass in self.before]
         if None in theirs:
             return None  # Inductor does not cache graphs that went through a pass it cannot name.
-        return source_hash(), self.options, *theirs
+        return source_hash(), self.decisions, *theirs
 
 
 @functools.cache

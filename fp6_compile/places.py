@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -55,6 +57,50 @@ def places(model: nn.Module) -> list[Place]:
                 place.names.append(f"{prefix}.{attribute}" if prefix else attribute)
                 place.owners.append((module, attribute))
     return list(found.values())
+
+
+def usable(device: torch.device | str | None) -> torch.device | None:
+    """The device that an argument `device` names. ValueError if this machine has none such, or it holds no values."""
+    if device is None:
+        return None
+    try:
+        found = torch.empty(0, device=device).device
+    except (
+        RuntimeError,
+        AssertionError,
+        TypeError,
+    ) as error:  # torch's own: no such device, no such name, not built for it
+        raise ValueError(f"device: got {device!r}: {str(error).splitlines()[0]}") from error
+    if found.type == "meta":
+        raise ValueError("device: got 'meta', needs one that holds values")
+    return found
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Whatever is raised inside, parameters that were on the meta device or not there at all are so again, and buffers
+    as they were. The values of other parameters are not kept: they would be in memory twice."""
+    before: list[tuple[dict[str, Any], dict[str, Tensor | None]]] = [
+        (
+            registry,
+            {name: tensor for name, tensor in registry.items() if registry is module._buffers or _is_empty(tensor)},
+        )
+        for module in model.modules()
+        for registry in (module._parameters, module._buffers)
+    ]
+    known = [set(registry) for registry, _ in before]
+    try:
+        yield
+    except BaseException:
+        for (registry, old), names in zip(before, known, strict=True):
+            for name in registry.keys() - names:
+                del registry[name]
+            registry.update(old)
+        raise
+
+
+def _is_empty(tensor: Tensor | None) -> bool:
+    return tensor is None or tensor.is_meta
 
 
 @contextlib.contextmanager

@@ -1,14 +1,14 @@
 """What was taken, what was left alone and why: for people, for logging and for tests.
 
 One `Report` per compiled graph. A model with graph breaks has several, and a new input shape may compile one more;
-`reports()` has them all since the last torch._dynamo.reset(), `last_report()` the newest.
+`reports()` has the newest thousand since the last torch._dynamo.reset(), `last_report()` the newest.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -95,11 +95,12 @@ class Report:
         return "\n".join(lines)
 
 
-_reports: list[Report] = []
+# A process that compiles for years keeps the newest.
+_reports: deque[Report] = deque(maxlen=1000)
 
 
 def reports() -> list[Report]:
-    """The reports of all graphs compiled by this backend since the last torch._dynamo.reset(), oldest first."""
+    """The reports of all graphs compiled since the last torch._dynamo.reset(), or of the newest thousand, oldest first."""
     return list(_reports)
 
 
@@ -124,7 +125,10 @@ def log_report(report: Report) -> None:
 
 @dataclass(frozen=True)
 class Refresh:
-    """The weights that one call found changed and quantized anew, by module, and how long each took, in seconds."""
+    """The weights that one call found changed and quantized anew, by module, and how long each took, in seconds.
+
+    Weights that are packed side by side share their time equally.
+    """
 
     seconds: dict[str, float]
 
@@ -134,7 +138,6 @@ class Refresh:
         return f"fp6: quantized anew {', '.join(names[:3])}{more} in {1e3 * sum(self.seconds.values()):.1f} ms"
 
 
-_refreshed: dict[str, float] = {}
 _last_refresh: list[Refresh] = []
 
 
@@ -143,17 +146,10 @@ def last_refresh() -> Refresh | None:
     return _last_refresh[-1] if _last_refresh else None
 
 
-def refreshed(name: str, seconds: float) -> None:
-    """A weight was quantized anew for the present call."""
-    _refreshed[name] = _refreshed.get(name, 0.0) + seconds
-
-
-def publish_refresh() -> None:
-    """Keep and log what was quantized anew for the present call. Runs at every call: mostly there is nothing."""
-    if _refreshed:
-        _last_refresh[:] = [Refresh(dict(_refreshed))]
-        _refreshed.clear()
-        log.info("%s", _last_refresh[0])
+def publish_refresh(refresh: Refresh) -> None:
+    """Keep and log what was quantized anew for one call."""
+    _last_refresh[:] = [refresh]
+    log.info("%s", refresh)
 
 
 def count(event: str) -> None:
@@ -177,7 +173,6 @@ def progress(items: Sequence[Item], title: str) -> Iterable[Item]:
 def forget_reports() -> None:
     """Forget all reports."""
     _reports.clear()
-    _refreshed.clear()
     _last_refresh.clear()
 
 

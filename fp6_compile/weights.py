@@ -8,29 +8,54 @@ own planes there from then on: it takes no more memory than before.
 The parameter stays the user's own, and they may change it after compilation: `copy_`, `load_state_dict`, an optimizer step,
 `p.data = ...`, `module.weight = nn.Parameter(...)`. None of that fails a Dynamo guard, so every call asks each packed weight
 whether it still belongs to what it was made from: the same tensor, the same storage, the same version. If not, the new
-values are quantized into the same buffers, so that addresses that CUDA graphs have recorded stay good.
+values are quantized. What a call needs to know is one object that never changes: a call that has it is right to its end,
+whatever other threads write meanwhile.
 
-One kind of change leaves no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the
-`p.data += delta` of some LoRA merges (autograd's own check misses it too). For that there is `refresh(model)`.
+The planes are an attribute of their parameters and live exactly as long: graphs, which Dynamo keeps, do not hold them. There
+is no weak reference to a parameter either, because `Module._apply` swaps tensors and refuses those that have one.
+
+Some changes leave no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the `p.data += delta` of
+some LoRA merges (autograd's own check misses it, too), through NumPy, DLPack or the storage, or by a kernel that raises no
+version. For those there is `refresh(model)`. Fused optimizers are such kernels, so every optimizer's step marks what it has
+stepped.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 import time
-import weakref
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fp6_compile.formats import get_format
-from fp6_compile.packing import pack
+from fp6_compile.kernels.cpu import quantize as cpu
+from fp6_compile.packing import CPU, pack
 from fp6_compile.quantize import quantize
-from fp6_compile.report import count, refreshed
+from fp6_compile.report import Refresh, count, publish_refresh
+
+# A weight that is written while it is read is read again, so often.
+_ATTEMPTS = 10
+
+# Held while weights are quantized, never by a call that finds all of them fresh.
+_lock = threading.RLock()
+
+
+def _new_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # the thread that held it is not in the child
 
 
 @dataclass(frozen=True)
@@ -45,187 +70,292 @@ class PackSpec:
     device: torch.device
 
 
-class PackedWeight:
-    """The tensors (*planes, scale) of one parameter, and the state of the parameter that they were made from.
+class Stamp(NamedTuple):
+    """The state of a parameter: which tensor it is, how often it was written, in which storage it is and where."""
 
-    The tensors may be rows of larger ones, of `Planes`.
-    """
+    owner: int
+    version: int
+    storage: int
+    address: int
+    # Weak, or the float weight could never be freed. But held: while it is, no other storage can get its identity.
+    reference: StorageWeakRef
 
-    def __init__(self, parameter: Tensor, spec: PackSpec, name: str) -> None:
-        self.spec = spec
-        self.name = name
-        with torch.inference_mode(False):  # Inference tensors could not be refreshed outside inference mode.
-            self.tensors = self._quantized(parameter)
-        self._remember(parameter)
-        if not hasattr(parameter, "planes"):
-            count("weights_packed")
+    @classmethod
+    def of(cls, parameter: Tensor) -> Stamp:
+        storage = StorageWeakRef(parameter.untyped_storage())
+        return cls(id(parameter), parameter._version, storage.cdata, parameter.data_ptr(), storage)
 
-    def refresh(self, parameter: Tensor) -> None:
-        """Quantize `parameter` into the same tensors. If it is refused (NaN), they are left as they were."""
-        with torch.inference_mode(False):
-            for mine, new in zip(self.tensors, self._quantized(parameter), strict=True):
-                if mine.data_ptr() != new.data_ptr():  # one that was housed here is its own place
-                    mine.copy_(new)
-        self.house(parameter)
-        self._remember(parameter)
-        count("weights_refreshed")
+    def fits(self, parameter: Tensor) -> bool:
+        """Whether `parameter` is still in this state."""
+        return self[:4] == Stamp.of(parameter)[:4]
 
-    def house(self, parameter: Any) -> None:
-        """If `parameter` is packed already, these tensors are its own from now on."""
-        if hasattr(parameter, "planes"):
-            parameter.move_to(self.tensors[:-1], self.tensors[-1])
 
-    def is_fresh(self, parameter: Tensor) -> bool:
-        """Whether the tensors hold the present values of `parameter`. Runs for every weight of every call: keep it small."""
-        return (
-            self._id == id(parameter)
-            and self._version == parameter._version
-            and self._storage.cdata == parameter.untyped_storage()._cdata
-            and self._address == parameter.data_ptr()
-        )
+class Packing(NamedTuple):
+    """Planes at one moment: the tensors (*planes, scale) of all rows, those of each parameter, and what they are made of."""
 
-    def belongs_to(self, parameter: Tensor) -> bool:
-        """Whether it was made from this very parameter, fresh or not."""
-        return self._id == id(parameter)
-
-    def invalidate(self) -> None:
-        """Make `is_fresh` false until the next refresh."""
-        self._version = -1
-
-    @property
-    def is_orphan(self) -> bool:
-        """Whether its parameter is gone, so that a successor may have its buffers."""
-        return self._id is None
-
-    def _quantized(self, parameter: Any) -> tuple[Tensor, ...]:
-        if hasattr(parameter, "planes"):
-            return *parameter.planes, parameter.scale
-        spec, fmt = self.spec, get_format(self.spec.format)
-        with torch.no_grad():
-            weight = parameter.detach().t() if spec.transposed else parameter.detach()
-            try:
-                codes, scale = quantize(weight, fmt, spec.group_size, spec.scale)
-            except ValueError as error:
-                raise ValueError(f"fp6: cannot quantize {self.name}: {error}") from error
-            return *pack(codes, fmt, spec.layout), scale
-
-    def _remember(self, parameter: Tensor) -> None:
-        self._id: int | None = id(parameter)
-        self._version = parameter._version
-        # Weak, or the float weight could never be freed. But held: while it is, no other storage can get its identity.
-        self._storage = StorageWeakRef(parameter.untyped_storage())
-        self._address = parameter.data_ptr()
-        self._finalizer = weakref.ref(parameter, self._forget)  # ids, too, are handed out again
-
-    def _forget(self, reference: weakref.ref) -> None:
-        if reference is self._finalizer:
-            self._id = None
+    tensors: tuple[Tensor, ...]
+    rows: tuple[tuple[Tensor, ...], ...]
+    stamps: tuple[Stamp, ...]
 
 
 class Planes:
     """A set of planes and scales: the packed weights of one or more parameters, side by side along N.
 
-    Rows of all weights but the last must fill whole indices of the layout (packing.rows_per_index).
+    Rows of all weights but the last must fill whole indices of the layout (packing.rows_per_index). Rows that are fresh in
+    `old` are copied from there.
+    Raises ValueError if a parameter cannot be quantized.
     """
 
-    made_of: type[PackedWeight] = PackedWeight
-
-    def __init__(self, parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str]) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str], old: Packing | None = None
+    ) -> None:
         self.spec = spec
-        self.weights = [self.made_of(parameter, spec, name) for parameter, name in zip(parameters, names, strict=True)]
-        self.tensors = self.weights[0].tensors
-        if len(parameters) > 1:
-            self._join()
-            for weight, parameter in zip(self.weights, parameters, strict=True):
-                weight.house(parameter)
+        self.names = tuple(names)
+        stamps, rows = self._read(parameters, old, "weights_packed")
+        self.packing = Packing(*_joined(rows), stamps)
+        self._house(parameters)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether new values go where the old ones were: CUDA graphs have recorded addresses, threads on a CPU read on."""
+        return self.spec.device.type != "cpu"
 
     def belong_to(self, parameters: Sequence[Tensor]) -> bool:
         """Whether they were made from these very parameters, fresh or not."""
-        return len(parameters) == len(self.weights) and all(map(PackedWeight.belongs_to, self.weights, parameters))
+        return [stamp.owner for stamp in self.packing.stamps] == [id(parameter) for parameter in parameters]
 
-    def may_pass_to(self, parameters: Sequence[Tensor]) -> bool:
-        """Whether every parameter that they were made from is the one given in its place, or gone."""
-        return all(w.is_orphan or w.belongs_to(p) for w, p in zip(self.weights, parameters, strict=True))
+    def refresh(self, parameters: Sequence[Tensor]) -> dict[str, float]:
+        """Quantize anew what has changed; seconds by name. If one is refused (NaN), all stay as they were."""
+        start, old = time.perf_counter(), self.packing
+        stale = [n for n, s, p in zip(self.names, old.stamps, parameters, strict=True) if not s.fits(p)]
+        if not stale:
+            return {}
+        stamps, rows = self._read(parameters, old, "weights_refreshed")
+        if self.is_in_place:
+            _fill(old.rows, rows, self.spec.device)
+            self.packing = old._replace(stamps=stamps)
+        else:
+            self.packing = Packing(*_joined(rows), stamps)
+        self._house(parameters)
+        return dict.fromkeys(stale, (time.perf_counter() - start) / len(stale))
 
-    def _join(self) -> None:
-        with torch.inference_mode(False):
-            *planes, _ = self.weights[0].tensors
-            dims = *(0 for _ in planes), 1
-            wholes = []
-            parts = []
-            for tensors, dim in zip(zip(*(w.tensors for w in self.weights), strict=True), dims, strict=True):
-                wholes.append(torch.cat(tensors, dim))
-                parts.append(wholes[-1].split([tensor.shape[dim] for tensor in tensors], dim))
-        self.tensors = tuple(wholes)
-        for weight, *rows in zip(self.weights, *parts, strict=True):
-            weight.tensors = tuple(rows)
+    def forget(self, parameter: Tensor) -> None:
+        """Make what was made of `parameter` stale."""
+        stamps = (s._replace(version=-1) if s.owner == id(parameter) else s for s in self.packing.stamps)
+        self.packing = self.packing._replace(stamps=tuple(stamps))
+
+    def _read(
+        self, parameters: Sequence[Tensor], old: Packing | None, event: str
+    ) -> tuple[tuple[Stamp, ...], list[tuple[Tensor, ...]]]:
+        """Stamp and tensors of each parameter: those that it has in `old`, or new ones."""
+        known = [(None, ())] * len(parameters) if old is None else list(zip(old.stamps, old.rows, strict=True))
+        stamps, rows = [], []
+        with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be refreshed outside that mode
+            for parameter, name, (stamp, tensors) in zip(parameters, self.names, known, strict=True):
+                if stamp is None or not stamp.fits(parameter):
+                    stamp, tensors = self._quantized(parameter, name)
+                    if event == "weights_refreshed" or not is_packed(parameter):
+                        count(event)
+                stamps.append(stamp)
+                rows.append(tensors)
+        return tuple(stamps), rows
+
+    def _quantized(self, parameter: Any, name: str) -> tuple[Stamp, tuple[Tensor, ...]]:
+        """Of one state of the parameter, even if somebody writes it meanwhile: then of the one after."""
+        for _ in range(_ATTEMPTS):
+            stamp = Stamp.of(parameter)
+            if is_packed(parameter):
+                return stamp, (*parameter.planes, parameter.scale)
+            value = parameter.detach().clone()
+            try:
+                tensors = quantized(value.t() if self.spec.transposed else value, self.spec)
+            except ValueError as error:
+                raise ValueError(f"fp6: cannot quantize {name}: {error}") from error
+            # The version counts writes that have ended: one that goes on shows in the values.
+            if stamp.fits(parameter) and torch.equal(value, parameter):
+                break
+        return stamp, tensors
+
+    def _house(self, parameters: Sequence[Any]) -> None:
+        """Parameters that are packed already have their planes here from now on."""
+        for parameter, tensors in zip(parameters, self.packing.rows, strict=True):
+            if len(parameters) > 1 and is_packed(parameter):
+                parameter.move_to(tensors[:-1], tensors[-1])
 
 
-# For every parameter, the planes with its rows.
-_packed: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+def is_packed(parameter: Tensor) -> bool:
+    """Whether it is a PackedTensor; by what it has, because tensor.py is above this file."""
+    return hasattr(parameter, "planes")
 
 
-def packed_planes(
-    parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str], old: Planes | None = None
-) -> Planes:
-    """The planes of `parameters`: of an earlier graph (another shape, prefill and decode), or `old` ones, or made now.
+def quantized(weight: Tensor, spec: PackSpec) -> tuple[Tensor, ...]:
+    """(*planes, scale) of `weight` [N, K]. Raises ValueError as quantize.quantize does."""
+    fmt = get_format(spec.format)
+    if spec.layout == CPU and spec.scale == "absmax" and (fast := cpu.quantize(weight, fmt, spec.group_size)):
+        return fast
+    codes, scale = quantize(weight, fmt, spec.group_size, spec.scale)
+    return *pack(codes, fmt, spec.layout), scale
 
-    `old` are planes that these parameters may take over: those of parameters that are gone.
+
+def _joined(rows: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[tuple[Tensor, ...], ...]]:
+    """The tensors of all rows side by side, and the rows of each in them."""
+    if len(rows) == 1:
+        return rows[0], tuple(rows)
+    dims = *(0 for _ in rows[0][:-1]), 1
+    wholes = tuple(torch.cat(tensors, dim) for tensors, dim in zip(zip(*rows, strict=True), dims, strict=True))
+    parts = [
+        whole.split([tensors[i].shape[dim] for tensors in rows], dim)
+        for i, (whole, dim) in enumerate(zip(wholes, dims, strict=True))
+    ]
+    return wholes, tuple(zip(*parts, strict=True))
+
+
+def _fill(old: Sequence[tuple[Tensor, ...]], new: Sequence[tuple[Tensor, ...]], device: torch.device) -> None:
+    """Write the rows in the place of the old ones, when no stream reads those any more."""
+    torch.cuda.synchronize(device)
+    for mine, theirs in zip((t for rows in old for t in rows), (t for rows in new for t in rows), strict=True):
+        if mine.data_ptr() != theirs.data_ptr():
+            mine.copy_(theirs)
+    torch.cuda.synchronize(device)
+
+
+class _Table:
+    """The planes of one parameter, by how and with which others it is packed, and the calls that it is the first weight of.
+
+    Not part of the parameter where that is pickled or copied.
+    """
+
+    def __init__(self) -> None:
+        self.planes: dict[tuple[PackSpec, tuple[str, ...]], Planes] = {}
+        self.calls: dict[WeightInputs, _Call] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, ()  # which torch.load takes with weights_only, too
+
+
+_tables: WeakSet[_Table] = WeakSet()
+
+
+def _table(parameter: Tensor) -> _Table:
+    table = getattr(parameter, "_fp6_table", None)
+    if not isinstance(table, _Table):
+        table = _Table()
+        parameter._fp6_table = table  # type: ignore[attr-defined]
+        _tables.add(table)
+    return table
+
+
+def planes_of(parameter: Tensor) -> list[Planes]:
+    """All planes that have rows of `parameter`."""
+    table = getattr(parameter, "_fp6_table", None)
+    return list(dict.fromkeys(table.planes.values())) if isinstance(table, _Table) else []
+
+
+def packed_planes(parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str]) -> Planes:
+    """The planes of `parameters`, fresh or not: of an earlier graph (another shape, prefill and decode), or made now.
+
     Raises ValueError if a parameter cannot be quantized.
     """
-    for planes in _packed.get(parameters[0], ()):
-        if planes.spec == spec and planes.belong_to(parameters):
-            return planes
-    planes = old if old is not None and old.may_pass_to(parameters) else Planes(parameters, spec, names)
-    for parameter in parameters:
-        others = [o for o in _packed.get(parameter, ()) if o is not planes and not any(w.is_orphan for w in o.weights)]
-        _packed[parameter] = [*others, planes]
-    return planes
+    key = spec, tuple(names)
+    with _lock:
+        tables = [_table(parameter).planes for parameter in parameters]
+        known = (planes for table in tables for planes in table.values())
+        planes = next((p for p in known if p.spec == spec and p.belong_to(parameters)), None)
+        if planes is None:  # some of the parameters may have been packed with others, which these replace
+            old = next((table[key].packing for table in tables if key in table), None)
+            planes = Planes(parameters, spec, names, old)
+        for table in tables:
+            table[key] = planes
+        return planes
 
 
-class WeightInput:
-    """The place of one set of planes among the inputs of a compiled graph, and of its parameters among Dynamo's."""
+class _Call(NamedTuple):
+    """What a call whose weights have not changed needs: the tensors, and what to compare with which of its arguments."""
 
-    def __init__(self, positions: Sequence[int], planes: Planes) -> None:
-        self.positions = tuple(positions)
-        self._use(planes)
+    checks: list[tuple[int, int, int, int, int]]  # position, then the first four of a Stamp
+    tensors: list[Tensor]
+    stamps: list[Stamp]  # only to be held
 
-    def tensors(self, args: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """(*planes, scale) of the parameters that this call passes among `args`, refreshed if they have changed."""
-        for weight, position in self._places:
-            if not weight.is_fresh(args[position]):
-                self._catch_up([args[position] for position in self.positions])
-                break
-        return self.planes.tensors
 
-    def _use(self, planes: Planes) -> None:
-        self.planes = planes
-        self._places = tuple(zip(planes.weights, self.positions, strict=True))
+class WeightInputs:
+    """The sets of planes among the inputs of a compiled graph, and their parameters among Dynamo's inputs."""
 
-    def _catch_up(self, parameters: list[Tensor]) -> None:
-        planes = self.planes
-        if not planes.belong_to(parameters):
-            # Dynamo runs one graph for all layers that look alike: then each has its own planes. Only the successor of a
-            # parameter that is gone takes over its planes.
-            self._use(packed_planes(parameters, planes.spec, [w.name for w in planes.weights], planes))
-        for weight, parameter in zip(self.planes.weights, parameters, strict=True):
-            if not weight.is_fresh(parameter):
-                start = time.perf_counter()
-                weight.refresh(parameter)
-                if parameter.is_cuda:
-                    torch.cuda.synchronize(parameter.device)
-                refreshed(weight.name, time.perf_counter() - start)
+    def __init__(self) -> None:
+        self.specs: list[PackSpec] = []
+        self._sets: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
+
+    def add(self, positions: Sequence[int], planes: Planes) -> None:
+        """One more set, and where its parameters are among Dynamo's inputs."""
+        self._sets.append((tuple(positions), planes.names))
+        self.specs.append(planes.spec)
+
+    def tensors(self, args: Sequence[Any]) -> list[Tensor]:
+        """(*planes, scale) of all sets, of the parameters that this call passes, refreshed if they have changed.
+
+        Raises ValueError if new values cannot be quantized.
+        """
+        if not self._sets:
+            return []
+        try:
+            checks, tensors, _ = args[self._sets[0][0][0]]._fp6_table.calls[self]
+        except (AttributeError, KeyError):
+            return self._catch_up(args)
+        for position, owner, version, storage, address in checks:
+            parameter = args[position]
+            if (
+                version != parameter._version
+                or storage != parameter.untyped_storage()._cdata
+                or address != parameter.data_ptr()
+                or owner != id(parameter)
+            ):
+                return self._catch_up(args)
+        return tensors
+
+    def _catch_up(self, args: Sequence[Any]) -> list[Tensor]:
+        """Dynamo runs one graph for all layers that look alike, and each has planes of its own."""
+        call = _Call([], [], [])
+        seconds: dict[str, float] = {}
+        with _lock:
+            first = _table(args[self._sets[0][0][0]])
+            first.calls.pop(self, None)  # it holds the old planes
+            for (positions, names), spec in zip(self._sets, self.specs, strict=True):
+                parameters = [args[position] for position in positions]
+                planes = packed_planes(parameters, spec, names)
+                seconds |= planes.refresh(parameters)
+                tensors, _, stamps = planes.packing
+                call.tensors.extend(tensors)
+                call.stamps.extend(stamps)
+                call.checks.extend((position, *stamp[:4]) for position, stamp in zip(positions, stamps, strict=True))
+            first.calls[self] = call
+        if seconds:
+            publish_refresh(Refresh(seconds))
+        return call.tensors
 
 
 def refresh(model: torch.nn.Module) -> None:
-    """Quantize the weights of `model` anew at their next use; only needed after writing in place through `.data`."""
-    for parameter in model.parameters():
-        for planes in _packed.get(parameter, ()):
-            for weight in planes.weights:
-                if weight.belongs_to(parameter):
-                    weight.invalidate()
+    """Quantize the weights of `model` anew at their next use; only needed after a write that leaves no trace in PyTorch."""
+    _forget(model.parameters())
+
+
+def _forget(parameters: Iterable[Tensor]) -> None:
+    with _lock:  # a refresh that has begun would forget that it should begin again
+        forgotten = [(planes, parameter) for parameter in parameters for planes in planes_of(parameter)]
+        for planes, parameter in forgotten:
+            planes.forget(parameter)
+        for table in list(_tables) if forgotten else ():
+            table.calls.clear()
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Fused optimizers raise no version, and others' kernels need not."""
+    _forget(p for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 def forget_weights() -> None:
-    """Forget the planes of all parameters; graphs that are still alive keep theirs."""
-    _packed.clear()
+    """Drop the planes of all parameters."""
+    for table in list(_tables):
+        table.planes.clear()
+        table.calls.clear()

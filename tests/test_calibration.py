@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -282,6 +283,90 @@ def test_a_killed_calibration_goes_on_to_the_same_bits(weights, tmp_path):
         assert torch.equal(again.get_parameter(name), value), name
     with pytest.raises(ValueError, match="resume: .* is of a calibration with other algorithm and inputs; empty it"):
         calibrate_(Normed(3).half(), INPUTS[:1], **how, algorithm=GPTQ(), resume=tmp_path)
+
+
+def _calibrated(folder, change=lambda model: None, **how):
+    """Three blocks, after a change of the weights."""
+    torch.manual_seed(0)
+    model = Tower(3).half()
+    with torch.no_grad():
+        change(model)
+    calibrate_(model, INPUTS, **{"algorithm": GPTQ(), **how}, resume=folder)
+    return [t.dequantize() if isinstance(t, PackedTensor) else t.detach() for t in model.parameters()]
+
+
+CHANGES = {
+    "the first block": (lambda m: m.blocks[0].up.weight.mul_(-1), 3),
+    "the last block": (lambda m: m.blocks[2].up.weight.mul_(-1), 1),
+    "a bias": (lambda m: m.blocks[1].gate.bias.add_(1), 2),
+    "what follows the blocks": (lambda m: m.head.weight.mul_(-1), 3),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_blocks_of_other_weights_are_computed_anew(what, tmp_path, caplog):
+    """Those that were made from weights that have changed, and no others."""
+    change, anew = CHANGES[what]
+    _calibrated(tmp_path)
+    found = _calibrated(tmp_path, change)
+    warned = [r.message.removeprefix(f"resume: {tmp_path}: ") for r in caplog.records if r.levelname == "WARNING"]
+    why = "it is damaged, or of other weights; it is computed anew"
+    assert warned == [f"block-{i:05}.pt: {why}" for i in range(3 - anew, 3)]
+    assert all(torch.equal(a, b) for a, b in zip(found, _calibrated(None, change), strict=True))
+
+
+def test_packed_weights_are_part_of_what_a_block_is_made_from(tmp_path, caplog):
+    def pack(scale):
+        def change(model):
+            linear = model.blocks[1].up
+            linear.weight.mul_(scale)
+            linear.weight = nn.Parameter(PackedTensor.quantize(linear.weight.detach()), requires_grad=False)
+
+        return change
+
+    _calibrated(tmp_path, pack(1))
+    _calibrated(tmp_path, pack(1))
+    assert not [r for r in caplog.records if "computed anew" in r.message]
+    found = _calibrated(tmp_path, pack(2))
+    assert sum("computed anew" in r.message for r in caplog.records) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, _calibrated(None, pack(2)), strict=True))
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x55
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "bits": _flip,
+    "cut off": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "another block": lambda path: path.write_bytes((path.parent / "block-00000.pt").read_bytes()),
+    "pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a link that leads out": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damaged_blocks_are_computed_anew(what, tmp_path, caplog):
+    expected = _calibrated(tmp_path)
+    DAMAGES[what](tmp_path / "block-00001.pt")
+    found = _calibrated(tmp_path)
+    assert sum("block-00001.pt: it is" in r.message for r in caplog.records) == 1
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    caplog.clear()
+    _calibrated(tmp_path)
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"algorithm": NaN}', "[" * 9999])
+def test_a_state_that_cannot_be_read(text, tmp_path):
+    (tmp_path / "calibration.json").write_text(text)
+    with pytest.raises(
+        ValueError, match="resume: .*: cannot read calibration.json: calibration.json is no.*; empty it"
+    ):
+        _calibrated(tmp_path)
 
 
 class Normed(Tower):

@@ -16,6 +16,7 @@ from torch import nn
 
 import fp6_compile
 from fp6_compile import CheckpointError, PackedTensor, manifest, storage
+from fp6_compile.lowrank import LowRankLinear, grow
 from tests.test_model import Tower
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
@@ -286,6 +287,12 @@ def _metadata(text):
     return change
 
 
+def _link_out(folder):
+    shard = next(folder.glob("*.safetensors"))
+    shard.rename(folder.parent / "elsewhere")
+    shard.symlink_to(folder.parent / "elsewhere")
+
+
 MEANINGS = {
     "newer version": (lambda f: _sign(f, lambda i: i.update(version=2)),
         "fp6.json is of version 2, this .* reads version 1"),
@@ -353,6 +360,12 @@ MEANINGS = {
     "a scale is negative": (_tensor("first.weight.scale", _at(-1.0)), "first.weight.scale has values .* not positive"),
     "shape of a bias": (_tensor("first.bias", lambda t: t[:-1].clone()),
         r"first.bias is \[256\] in the model and \[255\] in"),
+    "integers for a bias": (_tensor("first.bias", lambda t: t.view(torch.int16)),
+        "first.bias is torch.float16 in the model and I16 in"),
+    "eight bits for a bias": (_tensor("first.bias", lambda t: t.to(torch.float8_e4m3fn)),
+        "first.bias is torch.float16 in the model and F8_E4M3 in"),
+    "tied to a list": (_said(tied={"second.weight": ["first.weight"]}), "second.weight is tied to .*, which is not there"),
+    "a link that leads out": (_link_out, "which fp6.json names, is missing: it is outside the folder"),
     "dtype unknown": (_tensor("first.bias", lambda t: t.view(torch.uint16)), "first.bias is of dtype U16"),
 }  # fmt: skip
 
@@ -397,6 +410,86 @@ def test_not_a_checkpoint(tmp_path):
 def test_another_model(saved):
     with pytest.raises(CheckpointError, match=r"not of this model: it lacks 2 of its tensors \(bias, weight\) and has"):
         fp6_compile.load(nn.Linear(256, 256), saved)
+
+
+# What is grown, and devices: nothing before everything is checked.
+
+
+def _grown(tmp_path, bias) -> Path:
+    """A folder whose linear has factors and a bias, for a model that has none."""
+    model = nn.Sequential(nn.Linear(128, 128, bias=False)).half()
+    fp6_compile.quantize_(model)
+    grow(model[0], "low_rank_a", torch.ones(128, 2).half())
+    grow(model[0], "low_rank_b", torch.ones(2, 128).half())
+    grow(model[0], "bias", bias)
+    fp6_compile.save(model, tmp_path)
+    return tmp_path
+
+
+def _state(model):
+    return [(type(m), [(name, id(t)) for name, t in m._parameters.items()]) for m in model.modules()]
+
+
+def _without_bias() -> nn.Module:
+    with torch.device("meta"):
+        return nn.Sequential(nn.Linear(128, 128, bias=False)).half()
+
+
+def test_what_is_grown_is_a_float(tmp_path):
+    model = _without_bias()
+    before = _state(model)
+    with pytest.raises(CheckpointError, match="0.bias is torch.float16 in the model and I32 in"):
+        fp6_compile.load(model, _grown(tmp_path, torch.ones(128).int()))
+    assert _state(model) == before
+
+
+def test_an_error_halfway_takes_back_what_was_grown(tmp_path, monkeypatch):
+    folder, model = _grown(tmp_path, torch.ones(128).half()), _without_bias()
+    before, read = _state(model), []
+    original = storage.Entry.read
+
+    def fail(entry, *device):
+        read.append(entry.name)
+        if len(read) == 4:
+            raise OSError("the disk is gone")
+        return original(entry, *device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.Entry, "read", fail)
+        with pytest.raises(OSError, match="the disk is gone"):
+            fp6_compile.load(model, folder)
+    assert "0.bias" in read
+    assert _state(model) == before
+    fp6_compile.load(model, folder)
+    assert type(model[0]) is LowRankLinear
+    assert torch.equal(model[0].bias, torch.ones(128).half())
+
+
+DEVICES = {
+    **({} if torch.cuda.is_available() else {"cuda": ("cuda", "device: got 'cuda': ")}),
+    "cuda:99": ("cuda:99", "device: got 'cuda:99': "),
+    "nonsense": ("nonsense", "device: got 'nonsense': Expected one of cpu, cuda"),
+    "meta": ("meta", "device: got 'meta', needs one that holds values"),
+    "a list": ([], r"device: got \[\]: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("device", "message"), DEVICES.values(), ids=DEVICES)
+def test_no_such_device(device, message, tmp_path):
+    """Nothing is changed, and of a model that would grow nothing grows."""
+    model = _without_bias()
+    before, folder = _state(model), _grown(tmp_path, torch.ones(128).half())
+    with pytest.raises(ValueError, match=message):
+        fp6_compile.load(model, folder, device=device)
+    with pytest.raises(ValueError, match=message):
+        fp6_compile.load_mx(model, folder, device=device)
+    assert _state(model) == before
+    full = nn.Sequential(nn.Linear(128, 128)).half()
+    before = _state(full)
+    for quantize in (fp6_compile.quantize_, fp6_compile.calibrate_):
+        with pytest.raises(ValueError, match=message):
+            quantize(full, device=device)
+    assert _state(full) == before
 
 
 # Saves that are killed.

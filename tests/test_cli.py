@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -192,3 +193,164 @@ def test_explain(source, packed, tmp_path, capsys):
     assert 2 * 256 * 2 * 64 * 2 <= data["traffic"]["inputs"] <= 2 * 256 * 2 * 64 * 2 + 100
     assert cli.main(["explain", str(source), "--device", "4091"]) == 2
     assert "known names are" in capsys.readouterr().err
+
+
+@pytest.fixture
+def stranger(tmp_path, monkeypatch):
+    """A folder that brings code for its configuration and its model; what it does when it runs is leave a mark."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nothing is asked"))
+    folder = tmp_path / "stranger"
+    folder.mkdir()
+    (folder / "modeling_x.py").write_text(f"""
+from transformers import LlamaConfig, LlamaForCausalLM
+open({str(tmp_path / "mark")!r}, "w").close()
+
+class XConfig(LlamaConfig):
+    model_type = "x"
+
+class XForCausalLM(LlamaForCausalLM):
+    config_class = XConfig
+""")
+    auto = {"AutoConfig": "modeling_x.XConfig", "AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    config = {**SIZES, "model_type": "x", "architectures": ["XForCausalLM"], "auto_map": auto, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).bfloat16()
+    safetensors.save_model(weights, folder / "model.safetensors")
+    return folder
+
+
+def test_code_of_a_folder_is_not_run_unless_told(stranger, tmp_path, capsys):
+    for arguments in (
+        ["quantize", str(stranger), str(tmp_path / "out")],
+        ["explain", str(stranger), "--device", "4090"],
+    ):
+        assert cli.main(arguments) == 2
+        assert capsys.readouterr().err == (
+            f"fp6: {stranger} needs Python code that it brings along; --trust-remote-code runs it, if you trust it\n"
+        )
+        assert not (tmp_path / "mark").exists()
+    assert not (tmp_path / "out").exists()
+    assert cli.main(["quantize", str(stranger), str(tmp_path / "out"), "--trust-remote-code"]) == 0
+    assert (tmp_path / "mark").exists()
+    assert cli.main(["verify", str(tmp_path / "out"), "--against", str(stranger)]) == 0
+
+
+def test_code_of_a_folder_for_a_known_configuration(stranger, tmp_path, capsys):
+    """The configuration is transformers' own, the model is not."""
+    config = json.loads((stranger / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": config["auto_map"]["AutoModelForCausalLM"]}
+    (stranger / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    assert cli.main(["explain", str(stranger)]) == 2
+    assert "needs Python code that it brings along; --trust-remote-code" in capsys.readouterr().err
+    assert not (tmp_path / "mark").exists()
+
+
+def test_examples_do_not_run_code_of_a_folder(stranger, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="matplotlib is an optional extra")
+    from examples import decode_latency
+    from examples.accuracy import __main__ as accuracy
+
+    (tmp_path / "text").write_text("text")
+    for main, arguments in ((decode_latency.main, []), (accuracy.main, ["--text", str(tmp_path / "text")])):
+        with pytest.raises(SystemExit) as exit:
+            main(["--model", str(stranger), *arguments])
+        assert exit.value.code == 2
+        assert f"--model: {stranger} needs Python code that it brings along; --trust-rem" in capsys.readouterr().err
+        assert not (tmp_path / "mark").exists()
+
+
+CONFIGS = {
+    "deep": ("[" * 99_999, "config.json is not JSON"),
+    "twice": ('{"model_type": "llama", "model_type": "llama"}', "config.json is not JSON: it has 'model_type' twice"),
+    "no model": (
+        '{"model_type": "llama", "architectures": ["AutoTokenizer"]}',
+        "'AutoTokenizer' is not in transformers",
+    ),
+    "architectures": ('{"model_type": "llama", "architectures": {"a": 1}}', "architecture"),
+    "unknown": ('{"model_type": "nonsense"}', "transformers' AutoConfig cannot read it"),
+    "sizes": (
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": -1}',
+        "The hidden size (-1) is",
+    ),
+    "a list": ("[]", "AutoConfig cannot read it"),
+}
+
+
+@pytest.mark.parametrize("what", CONFIGS)
+def test_odd_configurations(what, tmp_path, capsys):
+    text, message = CONFIGS[what]
+    (tmp_path / "config.json").write_text(text)
+    assert cli.main(["explain", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_fp8_folder(source, tmp_path, capsys):
+    """With its scales, or not at all; DST says nothing of FP8 any more."""
+    folder, out = tmp_path / "fp8", tmp_path / "out"
+    folder.mkdir()
+    tensors, true = safetensors.load_file(source / "model.safetensors"), {}
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        codes, scale = tensors[name].to(torch.float8_e4m3fn), torch.rand(-(-tensors[name].shape[0] // 128), 2) + 0.5
+        if tensors[name].shape[1] != 256:
+            scale = torch.rand(2, 3) + 0.5
+        each = scale.repeat_interleave(128, 0)[: len(codes)].repeat_interleave(128, 1)
+        true[name] = codes.float() * each
+        tensors |= {name: codes, f"{name}_scale_inv": scale}
+    safetensors.save_file(tensors, folder / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    for method, code in (("nonsense", 2), ("fp8", 0)):
+        quantization = {"quant_method": method, "weight_block_size": [128, 128]}
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+        assert cli.main(["quantize", str(folder), str(out)]) == code
+        assert ("quant_method 'nonsense'" in capsys.readouterr().err) == (code == 2)
+        assert out.exists() == (code == 0)
+    assert json.loads((out / "config.json").read_text()) == config
+    model = _load(out)
+    for name, value in true.items():
+        expected = fp6_compile.PackedTensor.quantize(value, dtype=torch.bfloat16)
+        assert torch.equal(model.get_parameter(name), expected)
+    assert cli.main(["verify", str(out), "--against", str(folder)]) == 0
+
+
+def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(source, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+
+    def interrupt(model, folder):
+        assert (folder / "config.json").exists()
+        raise KeyboardInterrupt
+
+    for is_there in (False, True):
+        if is_there:
+            out.mkdir()
+        with monkeypatch.context() as patch:
+            patch.setattr(cli.commands, "save", interrupt)
+            assert cli.main(["quantize", str(source), str(out)]) == 130
+        assert capsys.readouterr().err == "fp6: interrupted\n"
+        assert out.exists() == is_there
+    assert list(out.iterdir()) == []
+    # What a kill leaves: the mark, and some files.
+    (out / ".fp6-compile-unfinished").touch()
+    (out / "fp6-00001-of-00001.safetensors.partial").write_text("cut off")
+    (out / "of_another_source.json").write_text("{}")
+    assert cli.main(["quantize", str(source), str(out)]) == 0
+    names = {path.name for path in out.iterdir() if not path.name.startswith("fp6-")}
+    assert names == {"config.json", "generation_config.json", "tokenizer.json", "fp6.json"}
+    assert cli.main(["verify", str(out), "--against", str(source)]) == 0
+
+
+def test_links_that_lead_out_are_not_copied(source, tmp_path, capsys):
+    shutil.copytree(source, tmp_path / "in")
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "in" / "merges.txt").symlink_to(tmp_path / "secret")
+    assert cli.main(["quantize", str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert "merges.txt: it is outside the folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "fp6_compile.cli", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("fp6_compile ")

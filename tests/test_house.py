@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "fp6_compile"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up; a room imports its own floor and those below.
 FLOORS = [
-    {"formats", "launches", "devices"},
+    {"formats", "launches", "devices", "files"},
     {"slabs"},
     {"packing", "quantize"},
     {"algorithms", "config", "kernels"},
-    {"ops", "linears", "names", "fused", "weights", "report", "storage"},
+    {"ops", "linears", "names", "fused", "weights", "report", "storage", "scaled"},
     {"merging", "hidden"},
     {"views", "graph", "passes", "lowerings", "tensor", "dispatch", "lowrank", "places"},
     {"backend", "model", "manifest"},

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 
 import fp6_compile
 from fp6_compile import PackedTensor, quantize_
@@ -71,7 +72,7 @@ def test_report(captured):
 
 def test_through_inductor():
     model, x = _model(), torch.randn(5, DIM).half()
-    with torch.no_grad():
+    with torch.no_grad(), fresh_cache():
         torch.testing.assert_close(torch.compile(model, backend="fp6")(x), model(x), rtol=1e-3, atol=1e-3)
     assert counters["fp6"]["merged"] == 2
 
@@ -92,13 +93,13 @@ CHANGES = {
 @pytest.mark.parametrize("group_size", [None, 64])
 @pytest.mark.parametrize("change", CHANGES)
 def test_change_is_noticed(change, group_size, captured, monkeypatch):
-    """In the same buffers, without a recompile; the new weight's planes move in, and their old place is free."""
+    """Without a recompile; the new weight's planes move in with the others', and their old place is free."""
     model, x = _model(group_size=group_size), torch.randn(3, DIM).half()
     monkeypatch.setitem(globals(), "_model", lambda make=_model: make(group_size=group_size))
     compiled = torch.compile(model, backend="fp6")
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=False):
         compiled(x)
-        size, place = _bytes(model), model.heads[2].weight.planes[0].untyped_storage().data_ptr()
+        size = _bytes(model)
         CHANGES[change](model)
         expected = model(x)
         gc.collect()
@@ -106,7 +107,7 @@ def test_change_is_noticed(change, group_size, captured, monkeypatch):
             torch.testing.assert_close(compiled(x), expected, rtol=0, atol=0)
     assert len(captured.graphs) == 1
     assert _bytes(model) == size
-    assert {head.weight.planes[0].untyped_storage().data_ptr() for head in model.heads} == {place}
+    assert len({head.weight.planes[0].untyped_storage().data_ptr() for head in model.heads}) == 1
 
 
 def test_only_weights_packed_alike(captured):

@@ -206,7 +206,14 @@ def _bad_index(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": 3}')
 
 
+def _integers(folder):
+    safetensors.save_file(
+        {"weight": torch.zeros(128, 256), "bias": torch.zeros(128).int()}, folder / "model.safetensors"
+    )
+
+
 SOURCES = {
+    "integers": (_integers, ValueError, "bias is I32, without scales, in source and torch.float16 in the model"),
     "nothing": (lambda folder: None, FileNotFoundError, "no safetensors files in it"),
     "a tensor is missing": (_lacking, ValueError, "1 tensors of the model are not in source: bias"),
     "another shape": (_misshapen, ValueError, r"weight is \[256, 128\] in source and \[128, 256\] in the model"),

@@ -132,6 +132,10 @@ BAD = {
     "missing": (lambda f, t: _write(f, {n: v for n, v in t.items() if n != "3.bias"}), "3.bias is not in the checkpoint"),
     "groups": (lambda f, t: _write(f, t, group_size=64), "0 is 'fp6_e3m2' in groups of 64; read are .*fp6_e2m3.* of 32"),
     "another format": (lambda f, t: _write(f, t, dtype="fp4"), "0 is 'fp4' in groups of 32"),
+    "integers": (_change("0.bias", lambda t: t.view(torch.int16)), "0.bias is I16 in the checkpoint and torch.float16 in"),
+    "config is odd": (lambda f, t: (f / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "quark", "global_quant_config": 3}}'),
+        "0: not a quantization_config of Quark's"),
     "another method": (lambda f, t: (f / "config.json").write_text("{}"), "no quantization_config of quant_method 'quark'"),
     "config is not JSON": (lambda f, t: (f / "config.json").write_text("{"), "config.json is not JSON"),
 }  # fmt: skip
@@ -144,5 +148,15 @@ def test_refused_before_anything_is_changed(what, tmp_path):
     change(tmp_path, tensors)
     model = _model()
     with pytest.raises(ValueError, match=message):
+        load_mx(model, tmp_path)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_packed_weights_are_floats(tmp_path):
+    _checkpoint(tmp_path)
+    model = _model().to(torch.float64)
+    with pytest.raises(
+        ValueError, match="0.weight is torch.float64 in the model, MX needs one of torch.float16, torch.bf"
+    ):
         load_mx(model, tmp_path)
     assert all(parameter.is_meta for parameter in model.parameters())

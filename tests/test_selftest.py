@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from fp6_compile import backend, weights
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels import device, selftest
 from fp6_compile.packing import slab_layout, unpack
@@ -80,3 +81,27 @@ def test_nothing_is_launched_while_a_graph_is_recorded(monkeypatch):
     (tile, *_) = device.choices(CUDA, 128, 8192, 8192, None, F16, E3M2)
     assert tile.JOIN == 1
     assert dataclasses.replace(tile, SPLIT_K=1).num_warps == 2
+
+
+def test_the_verdict_is_part_of_the_cache_key(monkeypatch):
+    """Another verdict is another kernel, which the key must tell apart."""
+    hopper = dataclasses.replace(device.describe(CPU), arch="sm_90")
+    monkeypatch.setattr(device, "describe", lambda _: hopper)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    spec = weights.PackSpec("e3m2", None, "absmax", slab_layout(F16), False, CUDA)
+    keys = []
+    for verdict in (True, False):
+        monkeypatch.setattr(selftest, "passes", lambda *problem, verdict=verdict: verdict)
+        keys.append(str(backend._verdicts([spec])))
+    assert keys[0] != keys[1]
+    assert backend._verdicts([dataclasses.replace(spec, device=CPU, layout="cpu.v1")]) == []
+
+
+def test_another_assembler_is_another_test(kernel, monkeypatch, tmp_path):
+    assert selftest.passes(CPU, F16, E3M2, None)
+    selftest.passes.cache_clear()
+    runs = kernel.runs
+    (tmp_path / "ptxas").symlink_to(selftest.triton.knobs.nvidia.ptxas.path)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "ptxas"))
+    assert selftest.passes(CPU, F16, E3M2, None)
+    assert kernel.runs == 2 * runs

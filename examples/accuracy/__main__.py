@@ -22,6 +22,7 @@ from examples.accuracy.rows import Rows, export
 from examples.accuracy.settings import Setting
 from examples.accuracy.subjects import Subject
 from examples.code_lm.checkpoint import WEIGHTS
+from fp6_compile.cli.folder import load, read_config
 
 SUBJECTS = ["code", "encoder", "prose", "writing"]
 QUICK = Sample(windows=4, length=128, prompts=4, greedy=2, context=64, count=16, calibration=4, batch=4)
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
 def _subjects(arguments: argparse.Namespace) -> Iterator[tuple[Subject, list[Setting]]]:
     sample = QUICK if arguments.quick else Sample()
     if arguments.model:
-        yield CausalModel(arguments.model, arguments.text, arguments.calibrate, sample), settings.full()
+        given = arguments.model, arguments.text, arguments.calibrate, sample, arguments.trust_remote_code
+        yield CausalModel(*given), settings.full()
         return
     if "code" in arguments.subjects:
         yield CodeModel("code", arguments.code_model, sample), settings.full()
@@ -65,6 +67,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--subjects", nargs="+", default=SUBJECTS, choices=SUBJECTS)
     parser.add_argument("--code-model", type=Path, default=WEIGHTS, help="weights that examples.code_lm.train wrote")
     parser.add_argument("--model", type=Path, help="folder of a causal model of transformers, instead of the subjects")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the --model folder brings along"
+    )
     parser.add_argument("--text", type=Path, help="a text file to measure --model on")
     parser.add_argument("--calibrate", type=Path, help="another one to calibrate on; --text if it is not given")
     parser.add_argument(
@@ -75,6 +80,14 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.model and not arguments.text:
         parser.error("--model needs --text, a file to measure it on")
+    if arguments.model:
+        from transformers import AutoTokenizer
+
+        try:
+            read_config(arguments.model, arguments.trust_remote_code)
+            load(AutoTokenizer, arguments.model, arguments.trust_remote_code)
+        except ValueError as error:
+            parser.error(f"--model: {error}")
     return arguments
 
 

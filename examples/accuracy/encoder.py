@@ -49,8 +49,9 @@ class Encoder(Subject):
         logging.disable_progress_bar()
         logging.set_verbosity_error()  # of the pooler, which sentences do not use
         path = path or find_encoder()
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModel.from_pretrained(path, dtype=torch.float32, add_pooling_layer=False)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        how = {"dtype": torch.float32, "add_pooling_layer": False, "trust_remote_code": False}
+        model = AutoModel.from_pretrained(path, **how)
         self.model = model.eval().requires_grad_(False)
         found = corpus.sentences()
         self.sentences, self.others = found[:count], found[count : count + calibration]

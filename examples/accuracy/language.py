@@ -223,12 +223,20 @@ class CodeModel(LanguageModel):
 class CausalModel(LanguageModel):
     """A causal language model of transformers in the folder `path`, and the text file `text`."""
 
-    def __init__(self, path: Path, text: Path, calibrate: Path | None = None, sample: Sample | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        text: Path,
+        calibrate: Path | None = None,
+        sample: Sample | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        config = AutoConfig.from_pretrained(path)
-        model = half_precision(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32))
+        how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(path, **how)
+        config = AutoConfig.from_pretrained(path, **how)
+        model = half_precision(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **how))
         calibrate = calibrate or text
         kinds = {"own": lambda: _chapters(calibrate.read_bytes()), "noise": noise}
         super().__init__(

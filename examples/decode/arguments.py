@@ -11,6 +11,7 @@ import torch
 from examples.decode.llama import SIZES
 from examples.decode.loop import Sampling
 from examples.decode.measure import PROVIDERS, Settings
+from fp6_compile.cli.folder import read_config
 from fp6_compile.formats import DEFAULT, FORMATS
 
 
@@ -37,6 +38,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[Settings]]:
         "sampling": sampling,
         "lora": arguments.lora,
         "packing": packing,
+        "trust_remote_code": arguments.trust_remote_code,
     }
     return arguments, [Settings(provider, **shared) for provider in arguments.backends]
 
@@ -45,6 +47,11 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     cuda, steps = arguments.device == "cuda", arguments.steps_per_graph
     if arguments.model is not None and not Path(arguments.model).is_dir():
         parser.error(f"--model: got {arguments.model}, which is no folder")
+    if arguments.model is not None:
+        try:
+            read_config(Path(arguments.model), arguments.trust_remote_code)
+        except ValueError as error:
+            parser.error(f"--model: {error}")
     if arguments.tokens % steps or arguments.tokens // steps < 3:
         parser.error(
             f"--tokens: got {arguments.tokens}, need a multiple of --steps-per-graph ({steps}), at least three times"
@@ -72,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--size", default="tiny", choices=SIZES)
     add("--model", help="a folder with a transformers model, instead of a size")
+    add("--trust-remote-code", action="store_true", help="run Python code that the --model folder brings along")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--dtype", default="bf16", choices=["bf16", "fp16"], help="of everything that is not packed")
     add("--batch", type=_positive, nargs="+", default=[1], help="batch sizes")

@@ -12,7 +12,16 @@ from examples.decode.weights import integers
 from fp6_compile import empty_parameters, quantize_
 
 
-def load(path: str, kind: str, *, head: str | None, dtype: torch.dtype, device: str, **packing: Any) -> nn.Module:
+def load(
+    path: str,
+    kind: str,
+    *,
+    head: str | None,
+    dtype: torch.dtype,
+    device: str,
+    trust_remote_code: bool = False,
+    **packing: Any,
+) -> nn.Module:
     """The causal language model in folder `path`, its linears of `kind`; `head` is None or "float".
 
     In six bits it is packed one tensor at a time, from the folder's safetensors.
@@ -20,13 +29,14 @@ def load(path: str, kind: str, *, head: str | None, dtype: torch.dtype, device: 
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kept = ["lm_head"] if head == "float" else []
+    how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     if kind == "fp6":
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, **how)
         with empty_parameters():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         quantize_(model, source=path, device=device, skip=kept, **packing)
     else:
-        floats: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        floats: nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **how)
         model = floats.to(device)
         if kind in ("int8", "int4"):
             lm_head = model.lm_head

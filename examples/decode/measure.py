@@ -48,6 +48,7 @@ class Settings:
     lora: int | None = None
     packing: dict[str, Any] = field(default_factory=dict)
     cache: str | None = None
+    trust_remote_code: bool = False
 
 
 class Bench:
@@ -82,6 +83,7 @@ class Bench:
         settings, (kind, _) = self.settings, PROVIDERS[self.settings.provider]
         how: dict[str, Any] = {"dtype": self.dtype, "device": settings.device, **settings.packing}
         if settings.model not in SIZES:
+            how["trust_remote_code"] = settings.trust_remote_code
             return local.load(settings.model, kind, head=settings.head, **how)
         config = SIZES[settings.model]
         memory.check(parameter_count(config) * KINDS[kind] / 8, settings.device)

@@ -26,10 +26,9 @@ from fp6_compile.config import Options
 from fp6_compile.formats import AUTO, DEFAULT, FORMATS, get_format
 from fp6_compile.model import Values, is_weight, keep, refusal
 from fp6_compile.names import names_in, warn_of_unmatched
-from fp6_compile.places import Place, places
+from fp6_compile.places import Place, places, usable
 from fp6_compile.quantize import Grid
 from fp6_compile.report import LinearReport, Report, log_report, progress
-from fp6_compile.storage import folder_entries
 from fp6_compile.tensor import PackedTensor
 
 
@@ -64,16 +63,18 @@ def calibrate_(
             whole model at once.
         equalize: SmoothQuant's migration strength (0.5 there): before a block is quantized, its norms are equalized with the
             linears behind them, where that leaves the block's output as it is.
-        resume: a folder for the state; a calibration that was killed goes on from the last whole block, to the same bits. Of
-            no use without inputs.
+        resume: a folder for the state; a calibration that was killed goes on from the last whole block, to the same bits.
+            Blocks that are damaged, or were made from other weights, are computed anew, with a warning. Of no use without
+            inputs.
 
     Returns:
         What was quantized, what was left alone and why; notes on linears that were never called (they are quantized as
         without data) and on tokens that were left out for NaN. It is logged, too.
 
     Raises:
-        ValueError: a bad option; no inputs where the algorithm needs some; a model that is no chain of blocks; `resume`
-            has another calibration's state. The model is then as it was, but for tensors that were read from `source`.
+        ValueError: a bad option, no such device; no inputs where the algorithm needs some; a model that is no chain of
+            blocks; `resume` has another calibration's state. The model is then as it was, but for tensors that were read
+            from `source`.
     """
     algorithm = algorithm or RTN()
     if equalize is not None and not 0 <= equalize <= 1:
@@ -111,11 +112,9 @@ class _Run:
         equalize: float | None,
     ) -> None:
         self.model, self.algorithm, self.grid, self.options = model, algorithm, grid, options
-        self.target = (
-            torch.device(device) if device is not None else torch.device("cpu") if source is not None else None
-        )
+        self.target = usable(device) or (torch.device("cpu") if source is not None else None)
         self.places = places(model)
-        self.values = Values(self.places, {} if source is None else folder_entries(source), self.target)
+        self.values = Values(self.places, source, self.target)
         self.refusals = {id(p): refusal(p, options, self.target) for p in self.places if is_weight(p, options)}
         self.equalize = equalize
         self.lines: dict[str, LinearReport] = {}
@@ -133,7 +132,9 @@ class _Run:
             self._fetch(place)
         chain = Chain(self.model, blocks, inputs)
         state = State(resume, self._about(chain) if resume is not None else {})
+        state.enter((place.names, self.values.of(place)) for place in rest)
         for index, part in enumerate(progress(parts, "fp6: calibrating")):
+            state.enter((place.names, self.values.of(place)) for place in part)
             done = state.load(index)
             for place in part:
                 if done is None or place.names[0] not in done.tensors:

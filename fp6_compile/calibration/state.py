@@ -1,16 +1,19 @@
 """What has been calibrated so far, in a folder: one file per block, and what they belong to.
 
     calibration.json      a digest of algorithm, format, options, the model's parameters and the inputs
-    block-00003.pt        the block's new parameters by name, and its lines of the report
+    block-00003.pt        a SHA-256 of what follows and of what the block was made from; the block's new parameters by name,
+                          and its lines of the report
 
-Files appear whole or not at all. A calibration that finds a file takes the block from it; everything else it computes anew,
-in the same order, so that it ends with the same bits as one that was never interrupted.
+What a block was made from is all that calibration.json says and the values of all weights up to the block's own. Files
+appear whole or not at all. A calibration that finds a file that fits takes the block from it; everything else it computes
+anew, in the same order, so that it ends with the same bits as one that was never interrupted.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -21,8 +24,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fp6_compile.report import LinearReport
+from fp6_compile.files import member, read_json, reason
+from fp6_compile.report import LinearReport, log
 from fp6_compile.storage import replace, sync_folder
+from fp6_compile.tensor import PackedTensor
 
 _INDEX = "calibration.json"
 
@@ -37,47 +42,79 @@ class Done(NamedTuple):
 class State:
     """The folder, or nothing at all for None.
 
-    Raises ValueError if the folder has another calibration's state: `about` tells them apart, in readable parts.
+    Raises ValueError if the folder has another calibration's state, or its calibration.json cannot be read: `about` tells
+    them apart, in readable parts.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, about: dict[str, str]) -> None:
         self.folder = None if folder is None else Path(folder)
+        self._made_from = text_digest([*about, *about.values()])
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        index = self.folder / _INDEX
-        if not index.exists():
-            replace(index, json.dumps(about, indent=1) + "\n")
-        known = json.loads(index.read_text())
+        try:
+            known = read_json(member(self.folder, _INDEX))
+            if not isinstance(known, dict):
+                raise ValueError(f"{_INDEX} is no table")
+        except FileNotFoundError:
+            replace(self.folder / _INDEX, json.dumps(about, indent=1) + "\n")
+            known = about
+        except ValueError as error:
+            raise ValueError(f"resume: {self.folder}: cannot read {_INDEX}: {reason(error)}; empty it") from error
         if other := [part for part in about if known.get(part) != about[part]]:
             raise ValueError(f"resume: {self.folder} is of a calibration with other {' and '.join(other)}; empty it")
 
+    def enter(self, weights: Iterable[Any]) -> None:
+        """Go on to what is made from `weights`, too, which are consumed one by one."""
+        if self.folder is not None:
+            self._made_from = text_digest([self._made_from, *(digest(weight) for weight in weights)])
+
     def load(self, index: int) -> Done | None:
-        """What was saved of a block."""
-        path = self._path(index)
-        if path is None or not path.exists():
+        """What was saved of a block; None, and a warning, if the file is damaged or was made from something else."""
+        if self.folder is None:
             return None
-        tensors, lines = torch.load(path, weights_only=True)
+        name = _name(index)
+        try:
+            data = memoryview(member(self.folder, name).read_bytes())
+            if data[:_DIGEST] != self._digest(data[_DIGEST:]):
+                raise ValueError("it is damaged, or of other weights")
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            log.warning("resume: %s: %s: %s; it is computed anew", self.folder, name, error)
+            return None
+        tensors, lines = torch.load(io.BytesIO(data[_DIGEST:]), weights_only=True)
         return Done(tensors, {name: LinearReport(*line) for name, line in lines.items()})
 
     def save(self, index: int, done: Done) -> None:
         """Put a block on the disk, atomically."""
-        path = self._path(index)
-        if path is None:
+        if self.folder is None:
             return
         lines = {name: tuple(getattr(line, field) for field in _FIELDS) for name, line in done.lines.items()}
+        buffer = io.BytesIO()
+        torch.save((done.tensors, lines), buffer)
+        path = self.folder / _name(index)
         partial = path.with_suffix(".partial")
-        with partial.open("wb") as file:
-            torch.save((done.tensors, lines), file)
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:
+            file.write(self._digest(buffer.getbuffer()))
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
         sync_folder(path.parent)
 
-    def _path(self, index: int) -> Path | None:
-        return None if self.folder is None else self.folder / f"block-{index:05}.pt"
+    def _digest(self, data: Any) -> bytes:
+        sha = hashlib.sha256(self._made_from.encode())
+        sha.update(data)
+        return sha.hexdigest().encode()
 
 
+def _name(index: int) -> str:
+    return f"block-{index:05}.pt"
+
+
+_DIGEST = 64
 _FIELDS = tuple(LinearReport.__dataclass_fields__)
 
 
@@ -85,7 +122,9 @@ def digest(values: Any) -> str:
     """A SHA-256 of all tensors in nested containers, their bytes and shapes, and the text of everything else."""
     sha = hashlib.sha256()
     for leaf in tree_leaves(values):
-        if isinstance(leaf, Tensor):
+        if isinstance(leaf, PackedTensor):
+            sha.update(digest((leaf.planes, leaf.scale, repr(leaf.spec))).encode())
+        elif isinstance(leaf, Tensor):
             sha.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
             leaf = leaf.detach().cpu().contiguous()
             sha.update((ctypes.c_char * leaf.nbytes).from_address(leaf.data_ptr()) if leaf.nbytes else b"")

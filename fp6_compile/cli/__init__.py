@@ -5,7 +5,8 @@
     fp6-compile inspect DIR         what a packed folder holds
     fp6-compile verify DIR          every byte as it was written; with --against SRC, every code the nearest to SRC's weight
 
-Exit codes: 0 done, 1 a folder that is damaged or does not match, 2 wrong usage, missing files or packages.
+Exit codes: 0 done, 1 a folder that is damaged or does not match, 2 wrong usage, missing files or packages, 130 interrupted.
+Code from a model folder is run with --trust-remote-code and never without.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns its exit code."""
-    parsed = _parser().parse_args(arguments)
     try:
+        parsed = _parser().parse_args(arguments)
         return int(parsed.run(parsed))
     except CheckpointError as error:
         return _fail(1, error)
     except (ValueError, OSError, ImportError) as error:
         return _fail(2, error)
+    except KeyboardInterrupt:
+        return _fail(130, "interrupted")
 
 
-def _fail(code: int, error: Exception) -> int:
-    text = str(error)
+def _fail(code: int, error: Exception | str) -> int:
+    text = " ".join(str(error).split())
     print(text if text.startswith("fp6: ") else f"fp6: {text}", file=sys.stderr)
     return code
 
@@ -76,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", default="auto", choices=["auto", "float16", "bfloat16"], help="default: the folder's own"
     )
     command.add_argument("--device", default="cpu", help="where to quantize; default: cpu")
+    _add_trust(command)
     command.set_defaults(run=quantize)
 
     command = commands.add_parser("explain", help="what compiling would do", description=explain.__doc__)
@@ -84,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--context", type=int, default=1024, metavar="N", help="tokens of KV cache; default: 1024")
     command.add_argument("--html", metavar="FILE", type=Path, help="write a page, too")
     command.add_argument("--json", action="store_true", help="print JSON")
+    _add_trust(command)
     command.set_defaults(run=explain)
 
     command = commands.add_parser("inspect", help="what a packed folder holds", description=inspect.__doc__)
@@ -95,3 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--against", metavar="SRC", type=Path, help="the folder it was made from")
     command.set_defaults(run=verify)
     return parser
+
+
+def _add_trust(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that the folder brings for its model"
+    )

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import fp6_compile
 from fp6_compile.checkpoint import save
+from fp6_compile.cli.folder import empty_model
 from fp6_compile.cli.table import table
 from fp6_compile.explanation.token import one_token
+from fp6_compile.files import member, read_json
 from fp6_compile.manifest import INDEX, Manifest, Weight
 from fp6_compile.model import quantize_
 from fp6_compile.mx import is_mx, load_mx
-from fp6_compile.places import empty_parameters
 from fp6_compile.report import size_text
+from fp6_compile.scaled import QUANTIZATION, quantization
+
+# In a folder that is being made.
+_UNFINISHED = ".fp6-compile-unfinished"
 
 # What is not copied beside the packed weights: the weights.
 _WEIGHTS = (
@@ -35,15 +42,15 @@ _WEIGHTS = (
 
 def quantize(arguments: argparse.Namespace) -> int:
     """Pack the linears of a transformers model and save it in DST, with SRC's other files beside it. One tensor at a time:
-    the 16-bit model need not fit in memory. An MXFP6 folder of AMD Quark's is taken over as it is, exactly."""
+    the 16-bit model need not fit in memory. An MXFP6 folder of AMD Quark's is taken over as it is, exactly; FP8 and int8
+    weights with scales are dequantized first."""
     source, target = arguments.source, arguments.target
-    if not (source / "config.json").is_file():
-        raise ValueError(f"{source} has no config.json: not a transformers model folder")
     if source.resolve() == target.resolve():
         raise ValueError(f"DST is SRC, {source}")
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if target.exists() and not (target.is_dir() and (not any(target.iterdir()) or (target / _UNFINISHED).exists())):
         raise ValueError(f"{target} is there already and not an empty folder")
-    model = _empty_model(source, arguments.dtype)
+    model = empty_model(source, arguments.dtype, arguments.trust_remote_code)
+    others = _others(source)
     if is_mx(source):
         report = load_mx(model, source, device=arguments.device)
     else:
@@ -57,42 +64,62 @@ def quantize(arguments: argparse.Namespace) -> int:
     print(report)
     if not report.taken:
         raise ValueError("no linear was packed, so nothing is saved (a float32 model: try --dtype bfloat16)")
-    target.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.is_file() and not any(file.match(glob) for glob in _WEIGHTS):
-            shutil.copy2(file, target / file.name)
-    save(model, target)
+    with _being_made(target):
+        for file in others:
+            _copy(file, target / file.name)
+        save(model, target)
     print(f"saved in {target}")
     return 0
 
 
-def _empty_model(folder: Path, dtype: str) -> nn.Module:
+def _others(source: Path) -> list[Path]:
+    """What is copied: SRC's files but the weights. ValueError for a link that leads out of SRC."""
+    found = []
+    for file in sorted(source.iterdir()):
+        if file.is_file() and not any(file.match(glob) for glob in _WEIGHTS):
+            try:
+                found.append(member(source, file.name))
+            except ValueError as error:
+                raise ValueError(f"cannot copy {file}: {error}") from error
+    return found
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copy a file; of config.json all but what it says of SRC's quantization, which DST has not."""
+    shutil.copy2(file, target)
+    if file.name == "config.json" and quantization(file.parent) is not None:
+        kept = {key: value for key, value in read_json(file).items() if key not in QUANTIZATION}
+        target.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _being_made(target: Path) -> Iterator[None]:
+    """DST holds a mark until it is whole: what an interrupted run left there is no obstacle, and is removed."""
+    mark, is_new = target / _UNFINISHED, not target.exists()
     try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("transformers is needed to read a model folder: pip install transformers") from error
-    config = transformers.AutoConfig.from_pretrained(folder)
-    name = (config.architectures or [None])[0]
-    if name is None or not hasattr(transformers, name):
-        raise ValueError(
-            f"{folder / 'config.json'}: architecture {name!r} is not in transformers {transformers.__version__}"
-        )
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    chosen = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
-    before = torch.get_default_dtype()
-    with empty_parameters():
-        torch.set_default_dtype(chosen or before)
-        try:
-            model: nn.Module = getattr(transformers, name)(config)
-        finally:
-            torch.set_default_dtype(before)
-    return model.eval()
+        target.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+        _remove_files(target, but=mark)
+        yield
+        mark.unlink()
+    except BaseException:
+        if target.exists():
+            _remove_files(target, but=mark)
+            mark.unlink(missing_ok=True)
+            if is_new:
+                target.rmdir()
+        raise
+
+
+def _remove_files(folder: Path, but: Path) -> None:
+    for file in folder.iterdir():
+        if file != but:
+            file.unlink()
 
 
 def explain(arguments: argparse.Namespace) -> int:
     """Explain one decoded token: linears, graph breaks, CUDA graphs, kernels, predicted time. Reads no 16-bit weights."""
-    model = _empty_model(arguments.folder, "auto")
+    model = empty_model(arguments.folder, "auto", arguments.trust_remote_code)
     if (arguments.folder / INDEX).is_file():
         fp6_compile.load(model, arguments.folder)
     with torch.no_grad():

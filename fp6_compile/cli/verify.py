@@ -13,24 +13,25 @@ from fp6_compile.manifest import Manifest
 from fp6_compile.packing import PLANES, unpack
 from fp6_compile.quantize import dequantize
 from fp6_compile.report import progress
-from fp6_compile.storage import folder_entries, read
+from fp6_compile.scaled import stored
+from fp6_compile.storage import read
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Check sizes, hashes, shapes, dtypes and scales. With --against, compare with the 16-bit folder: every code must be the
-    nearest to its weight, and every other tensor the same."""
+    """Check sizes, hashes, shapes, dtypes and scales. With --against, compare with the folder it was made from: every code
+    must be the nearest to its weight, and every other tensor the same."""
     manifest = Manifest.read(arguments.folder)
     print(f"{arguments.folder}: whole, {len(manifest.weights)} packed weights, {len(manifest.plain)} other tensors")
     if arguments.against is None:
         return 0
-    originals = folder_entries(arguments.against)
+    originals = stored(arguments.against, [*manifest.weights, *manifest.plain])
     rows, bad = [("weight", "SQNR dB", "verdict")], 0
     for name in progress([*manifest.weights, *manifest.plain], "fp6: verifying"):
         entry = originals.get(name)
         if entry is None:
             verdict, noise = "not in SRC", None
         else:
-            verdict, noise = _compare(manifest, name, next(read([entry]))[1])
+            verdict, noise = _compare(manifest, name, entry.read())
         optional = entry is None and name in manifest.plain  # buffers that no checkpoint has
         bad += verdict != "same" and not optional
         if name in manifest.weights or (verdict != "same" and not optional):
@@ -42,7 +43,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 def _compare(manifest: Manifest, name: str, original: Tensor) -> tuple[str, float | None]:
     if name in manifest.plain:
-        (_, mine), *_ = read([manifest.plain[name]])
+        mine = manifest.plain[name].read()
         same = mine.shape == original.shape and torch.equal(mine, original.to(mine.dtype))
         return "same" if same else "differs", None
     weight = manifest.weights[name]

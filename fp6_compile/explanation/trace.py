@@ -28,7 +28,7 @@ from fp6_compile.merging import Candidate
 from fp6_compile.packing import pack
 from fp6_compile.report import LinearReport
 from fp6_compile.tensor import PackedTensor
-from fp6_compile.weights import PackedWeight, PackSpec, Planes
+from fp6_compile.weights import PackSpec, Planes, Stamp
 
 
 @dataclass
@@ -169,27 +169,20 @@ class _ShapedGraph(PackedGraph):
         return _Shapes([candidate.value for candidate in group], spec, [candidate.names[0] for candidate in group])
 
 
-class _Shape(PackedWeight):
-    """The packed form of a parameter that has no values."""
+class _Shapes(Planes):
+    """The packed form of parameters that have no values."""
 
-    def _quantized(self, parameter: Any) -> tuple[Tensor, ...]:
+    def _quantized(self, parameter: Any, name: str) -> tuple[Stamp, tuple[Tensor, ...]]:
         if isinstance(parameter, PackedTensor):
-            return super()._quantized(parameter)
+            return super()._quantized(parameter, name)
         n, k = parameter.shape[::-1] if self.spec.transposed else parameter.shape
         codes = parameter.new_empty(n, k, dtype=torch.uint8)
         groups = -(-k // self.spec.group_size) if self.spec.group_size else 1
         scale = parameter.new_empty(groups, n, dtype=torch.float32)
-        return *pack(codes, get_format(self.spec.format), self.spec.layout), scale
+        return Stamp.of(parameter), (*pack(codes, get_format(self.spec.format), self.spec.layout), scale)
 
-    def _remember(self, parameter: Tensor) -> None:
-        """Nothing: there will be no other values."""
-
-    def house(self, parameter: Any) -> None:
-        """Nothing: it has no memory."""
-
-
-class _Shapes(Planes):
-    made_of = _Shape
+    def _house(self, parameters: Sequence[Any]) -> None:
+        """Nothing: they have no memory."""
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

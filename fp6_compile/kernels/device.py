@@ -23,6 +23,14 @@ def describe(device: torch.device) -> Device:
     return Device(arch, about.multi_processor_count, name=about.name)
 
 
+def may_use_wgmma(device: torch.device, dtype: torch.dtype, fmt: Format, group_size: int | None) -> bool:
+    """Whether wgmma exists on `device` and computes right there; the answer decides on code, and is part of cache keys."""
+    if describe(device).arch != "sm_90" or dtype == torch.float32:
+        return False
+    # The test launches kernels, which a stream that is being recorded must not; then there has been a warm-up.
+    return not torch.cuda.is_current_stream_capturing() and selftest.passes(device, dtype, fmt, group_size)
+
+
 def choices(
     device: torch.device, m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, fmt: Format
 ) -> tuple[Config | None, ...]:
@@ -31,10 +39,8 @@ def choices(
     Asked on every call of the launcher: each step is a look-up after the first time.
     """
     about = describe(device)
-    if about.arch == "sm_90" and m > LARGEST_MMA_M and dtype != torch.float32:
-        # A test of wgmma launches kernels, which a stream that is being recorded must not; then there has been a warm-up.
-        recording = torch.cuda.is_current_stream_capturing()
-        about = replace(about, wgmma=not recording and selftest.passes(device, dtype, fmt, group_size))
+    if m > LARGEST_MMA_M:
+        about = replace(about, wgmma=may_use_wgmma(device, dtype, fmt, group_size))
     others = candidates(m, n, k, group_size, dtype, about)
     measured = tuned(about.name, m, n, k, group_size, dtype)
     if not measured or (measured[0] is not None and measured[0].JOIN > 1 and not about.wgmma):

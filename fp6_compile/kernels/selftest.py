@@ -64,7 +64,9 @@ def _is_exact(device: torch.device, dtype: torch.dtype, fmt: Format, group_size:
 
 
 def _key(device: torch.device, dtype: torch.dtype, fmt: Format, group_size: int | None) -> str:
-    """Of device, driver side of torch, compiler and kernels: whatever changes, the test runs again."""
+    """Of device, driver side of torch, compilers and kernels: whatever changes, the test runs again."""
     kernels = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
-    about = (torch.cuda.get_device_name(device), torch.__version__, triton.__version__, dtype, fmt, group_size)
+    assembler = triton.knobs.nvidia.ptxas  # TRITON_PTXAS_PATH may name another
+    versions = torch.__version__, triton.__version__, assembler.path, assembler.version
+    about = (torch.cuda.get_device_name(device), versions, dtype, fmt, group_size)
     return hashlib.sha256(repr(about).encode() + kernels).hexdigest()
