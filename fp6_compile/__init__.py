@@ -8,11 +8,15 @@
     ops        fp6::dequantize, fp6::mm: what a packed weight means
     config     the options
     linears    which inputs of a graph are weights, and why others are not
+    hidden     which other weights matmuls read: inside of functions, or computed
+    fused      fused attention, written out as ordinary linears
+    names      what modules and parameters are called
     merging    which weights multiply the same input
     planes     packed weights side by side, and the states of the parameters that they were made from
     weights    packed planes, once per parameter, never stale
     report     what was taken, what was left alone and why
     graph      Dynamo's graph with packed weights
+    views      what views show of a dequantized weight
     passes     matmul of a dequantized weight => fp6::mm
     lowerings  fp6::mm => Inductor template, epilogue fused
     kernels    Triton for GPUs, C++ for CPUs

@@ -13,18 +13,21 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
-from torch.fx import Graph, GraphModule, Node, map_arg
+from torch.fx import GraphModule, Node
 
 from fp6_compile.config import Options
 from fp6_compile.formats import AUTO, Format, get_format
-from fp6_compile.linears import Weight, find_weight, module_names, refusal
+from fp6_compile.fused import copied, unfused
+from fp6_compile.hidden import hidden_weights
+from fp6_compile.linears import Weight, find_weight, is_linear, refusal
 from fp6_compile.merging import Candidate, groups
+from fp6_compile.names import Names
 from fp6_compile.packing import layout_for, plane_names
 from fp6_compile.planes import PackSpec, Planes
 from fp6_compile.quantize import choose_format
@@ -43,7 +46,10 @@ class PackedGraph:
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
         self.options = options
         self.example_inputs = example_inputs
-        self.gm, self._copies = _copy(gm)
+        self.names = Names(gm)
+        self.names.check(options)
+        gm = unfused(gm)
+        self.gm, self._copies = copied(gm)
         self.kept = list(range(len(example_inputs)))
         self.taken = WeightInputs()
         self._planes: list[Planes] = []
@@ -71,15 +77,17 @@ class PackedGraph:
         return [self.example_inputs[position] for position in self.kept] + planes
 
     def _candidates(self, gm: GraphModule) -> Iterator[Candidate]:
-        for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-            value = self.example_inputs[position]
+        inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), self.example_inputs, strict=True))
+        weights = _weights(gm, inputs)
+        for position, (node, value) in enumerate(inputs.items()):
             packed = getattr(value, "_local_tensor", value)  # a DTensor's
-            weight = find_weight(node)
+            weight = weights.get(node)
             if isinstance(packed, PackedTensor):
-                self.lines[position] = _packed_already(node, packed)
-            if weight is None or not _is_static(node, value):
+                name = self.names.of(position, value, weight.matmuls if weight else ())[0]
+                self.lines[position] = _packed_already(name, packed)
+            if weight is None or not (_is_static(node, value) or is_linear(weight)):
                 continue
-            candidate = Candidate(position, weight, value, module_names(weight))
+            candidate = Candidate(position, weight, value, self.names.of(position, value, weight.matmuls))
             if isinstance(packed, PackedTensor):
                 if packed is value and _can_move(candidate):
                     yield candidate
@@ -193,34 +201,26 @@ def _can_move(candidate: Candidate) -> bool:
     return as_linear and weight.mutated_by is None and not value.is_inference()
 
 
-def _packed_already(node: Node, weight: PackedTensor) -> LinearReport:
+def _packed_already(name: str, weight: PackedTensor) -> LinearReport:
     """The line of a weight that quantize_ or load has packed: the graph multiplies by it through fp6::mm by itself."""
-    name, shape = module_names(Weight(node))[0], tuple(weight.shape)
     how = {"note": "packed already", "format": weight.spec.format}
-    return LinearReport(name, shape, weight.dtype, weight.nbytes, weight.packed_bytes, **how)
+    return LinearReport(name, tuple(weight.shape), weight.dtype, weight.nbytes, weight.packed_bytes, **how)
 
 
-def _copy(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
-    """A graph module of its own over copies of `gm`'s nodes, with the attributes that AOTAutograd asks Dynamo's for."""
-    copies: dict[Node, Node] = {}
-    graph = Graph()
-    graph.graph_copy(gm.graph, copies)
-    graph.output(map_arg(gm.graph.output_node().args[0], copies.__getitem__))
-    for node, twin in copies.items():
-        if hasattr(node, "_dynamo_source"):
-            twin._dynamo_source = node._dynamo_source
-        # Dynamo takes it out of its own nodes later: it has a weak reference to the parameter, which then cannot be moved.
-        twin.meta.pop("grapharg", None)
-    new = GraphModule(gm, graph)
-    new.meta = gm.meta
-    if hasattr(gm, "_param_name_to_source"):
-        new._param_name_to_source = gm._param_name_to_source
-    return new, copies
+def _weights(gm: GraphModule, inputs: Mapping[Node, Any]) -> dict[Node, Weight]:
+    found = {node: weight for node in inputs if (weight := find_weight(node)) is not None}
+    model = {node: value for node, value in inputs.items() if _is_of_model(node, value)}
+    return {**found, **hidden_weights(gm, model, found)}
+
+
+def _is_of_model(node: Node, value: Any) -> bool:
+    """Whether an input is part of the model rather than of the call."""
+    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+    return isinstance(value, torch.nn.Parameter) or (isinstance(value, Tensor) and static is not None)
 
 
 def _is_static(node: Node, value: Any) -> bool:
-    """Whether an input is part of the model rather than of the call, and can be a weight: a KV cache is static, and none."""
-    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+    """Whether an input is part of the model, and can be a weight: a KV cache is static, and none."""
     if isinstance(value, torch.nn.Parameter):
         return value.dim() > 1
-    return isinstance(value, Tensor) and static is not None and value.dim() == 2
+    return _is_of_model(node, value) and value.dim() == 2

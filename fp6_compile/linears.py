@@ -11,7 +11,6 @@ whatever those names become is the business of `fp6::dequantize`, which stands i
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
 import torch
@@ -37,8 +36,8 @@ _SWAPS = {"transpose", "swapaxes", "swapdims"}
 _CASTS = {"to", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach", "data", "_get_data_attr"}
 # ... and those that cut or bend it: followed only to tell a weight that is refused from an input that is no weight.
 _VIEWS = {
-    *("getitem", "__getitem__", "view", "reshape", "flatten", "chunk", "split", "unbind", "narrow", "select"),
-    *("expand", "squeeze", "unsqueeze", "index_select"),
+    *("getitem", "__getitem__", "view", "reshape", "flatten", "chunk", "split", "split_with_sizes", "unbind", "narrow"),
+    *("select", "slice", "expand", "squeeze", "unsqueeze", "index_select"),
 }
 _WRITES = {
     *("setitem", "__setitem__", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
@@ -73,31 +72,20 @@ def find_weight(placeholder: Node) -> Weight | None:
         if len(kinds) == 1 and (kind := next(iter(kinds))) is not None:
             weight.users[kind].append(user)
         elif None in kinds:
-            weight.others.append(_name(user))
+            weight.others.append(function_name(user))
     return weight if weight.matmuls else None
+
+
+def is_linear(weight: Weight) -> bool:
+    """Whether what reads it says by its name that it is a weight, wherever it comes from: F.linear's, addmm's."""
+    return weight.taken and any(function_name(matmul) in _LINEAR | _ADDMM for matmul in weight.matmuls)
 
 
 def input_of(weight: Weight) -> Node | None:
     """The x that the weight's first matmul multiplies; None in einsum, which may bend it first."""
     matmul = weight.matmuls[0]
-    position = 1 if _name(matmul) in _ADDMM else 0
-    return None if _name(matmul) == "einsum" else _arguments(matmul)[position]
-
-
-def module_names(weight: Weight) -> list[str]:
-    """The names a `skip` glob is matched with, the one to report first: of the modules that multiply, of the parameter.
-
-    Names are relative to the module whose forward Dynamo is tracing; after a graph break that is a submodule.
-    """
-    parameter = _path(_source(weight.placeholder)) or weight.placeholder.name
-    modules = []
-    for node in weight.matmuls:
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        name = _path(stack[-1][0]) if stack else ""
-        if parameter.endswith("weight") and name:
-            modules.append(name)
-    names = [*modules, parameter.removesuffix(".weight")]
-    return list(dict.fromkeys(names))
+    position = 1 if function_name(matmul) in _ADDMM else 0
+    return None if function_name(matmul) == "einsum" else _arguments(matmul)[position]
 
 
 def refusal(weight: Weight, value: Tensor, names: list[str], options: Options) -> tuple[str, bool] | None:
@@ -139,7 +127,7 @@ def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bo
     """The orientations of the matmuls at the end of `weight -> user -> ...`; None for any other end."""
     writes = _writes(user, weight)
     if writes:
-        found.mutated_by = _name(user)
+        found.mutated_by = function_name(user)
     flipped, kept = _is_transpose(user), _is_whole(user, weight)
     if flipped or kept:
         below = [_follow(next_user, user, transposed != flipped, found) for next_user in user.users]
@@ -150,7 +138,7 @@ def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bo
         return {right_operand != transposed}
     if _multiplies(user, weight):
         found.matmuls.append(user)
-    if writes or _name(user) in _VIEWS | _CASTS:
+    if writes or function_name(user) in _VIEWS | _CASTS:
         for next_user in user.users:
             _follow(next_user, user, transposed, found)
     return {None}
@@ -158,7 +146,7 @@ def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bo
 
 def _orientation(user: Node, weight: Node) -> bool | None:
     """False if `user` multiplies by `weight` as [N, K], True if as [K, N], None if it is not its weight."""
-    name, args = _name(user), _arguments(user)
+    name, args = function_name(user), _arguments(user)
     if args.count(weight) != 1:
         return None
     if name == "einsum":
@@ -174,8 +162,8 @@ def _orientation(user: Node, weight: Node) -> bool | None:
 
 def _multiplies(user: Node, weight: Node) -> bool:
     """Whether `weight` is an operand of a matmul that is not a linear of it; addmm's first argument is a bias."""
-    operands = _arguments(user)[1 if _name(user) in ("addmm", "baddbmm") else 0 :]
-    return _name(user) in _OTHER_MATMULS and weight in operands
+    operands = _arguments(user)[1 if function_name(user) in ("addmm", "baddbmm") else 0 :]
+    return function_name(user) in _OTHER_MATMULS and weight in operands
 
 
 def _einsum_orientation(equation: str, position: int, operands: int) -> bool | None:
@@ -197,7 +185,7 @@ def _arguments(user: Node) -> list:
 
 
 def _is_transpose(user: Node) -> bool:
-    name, dims = _name(user), user.args[1:]
+    name, dims = function_name(user), user.args[1:]
     if dims and isinstance(dims[0], (list, tuple)):
         dims = tuple(dims[0])
     parity = [d % 2 for d in dims if isinstance(d, int)]
@@ -209,42 +197,30 @@ def _is_transpose(user: Node) -> bool:
 def _is_whole(user: Node, weight: Node) -> bool:
     """A cast or copy that leaves shape and dtype as they were, such as `weight.to(x.dtype)`."""
     before, after = weight.meta.get("example_value"), user.meta.get("example_value")
-    if _name(user) not in _CASTS or not isinstance(before, Tensor) or not isinstance(after, Tensor):
+    if function_name(user) not in _CASTS or not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     return (before.dtype, before.device, before.shape) == (after.dtype, after.device, after.shape)
 
 
 def _writes(user: Node, weight: Node) -> bool:
     """Whether `user` changes `weight` in place: `add_`, `_foreach_mul_`, `weight[0] = ...`, `+=`, `out=weight`."""
-    name = _name(user)
+    name = function_name(user)
     in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
     written = user.args[:1] if name in _WRITES or user.op == "call_method" else user.args
     return (in_place and weight in tree_leaves(written)) or user.kwargs.get("out") is weight
 
 
-def _name(user: Node) -> str:
+def function_name(user: Node) -> str:
     """Of the function, method or attribute; one that is not torch's or Python's own keeps its module's name before it."""
     target = user.target
     if isinstance(target, str):
         return target
     if target is getattr:
         return str(user.args[1])
-    if isinstance(target, (OpOverload, OpOverloadPacket)) and not str(target).startswith(("aten.", "prims.")):
-        return str(target)  # fp6.mm multiplies, but not by a weight that is still to be packed
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        # fp6.mm multiplies, but not by a weight that is still to be packed
+        space, name = str(target).split(".")[:2]
+        return name if space in ("aten", "prims") else str(target)
     name = getattr(target, "__name__", str(target))
     module = getattr(target, "__module__", None) or "torch"
     return name if module.split(".")[0] in ("torch", "_operator", "builtins") else f"{module}.{name}"
-
-
-def _source(placeholder: Node) -> str:
-    """Where Dynamo found the input, as Python text: `L['self']._modules['fc']._parameters['weight']`."""
-    source = getattr(placeholder.meta.get("grapharg"), "source", None)
-    name = getattr(source, "name", "")
-    return name if isinstance(name, str) else name()  # a method before torch 2.12
-
-
-def _path(source: str) -> str:
-    """`model.layers.0.fc.weight` from a source's or a module stack's text."""
-    inner = re.sub(r"^[LG]\['\w+'\]", "", source).replace(".__dict__['_modules']", "._modules")
-    inner = re.sub(r"\._(?:modules|parameters|buffers)\['([^']+)'\]", r".\1", inner)
-    return re.sub(r"\[(?:'([^']+)'|(\d+))\]", lambda m: "." + (m[1] or m[2]), inner).strip(".")

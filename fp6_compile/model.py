@@ -22,6 +22,7 @@ from fp6_compile.config import Options
 from fp6_compile.formats import DEFAULT
 from fp6_compile.kernels.config import supports
 from fp6_compile.lowrank import has_plain_forward
+from fp6_compile.names import names_in, warn_of_unmatched
 from fp6_compile.places import Place, places, undone_on_error, usable
 from fp6_compile.report import LinearReport, Report, log_report, progress
 from fp6_compile.scaled import Scaled, stored
@@ -74,6 +75,7 @@ def quantize_(
         raise ValueError(f"target_bits: got {target_bits} with format={format!r}, needs format='auto'")
     model = getattr(model, "_orig_mod", model)
     target = usable(device) or (torch.device("cpu") if source is not None else None)
+    warn_of_unmatched(options, names_in(model), type(model).__name__)
     found = places(model)
     refusals = {id(place): refusal(place, options, target) for place in found if is_weight(place, options)}
     values = Values(found, source, target)

@@ -40,16 +40,9 @@ from torch.utils._pytree import tree_leaves
 
 from fp6_compile import ops
 from fp6_compile.report import count
+from fp6_compile.views import COPIES, VIEWS, presented_weight, rows_shown
 
 aten, fp6, prims = torch.ops.aten, torch.ops.fp6, torch.ops.prims
-
-_VIEWS = (
-    *(aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten.reshape.default),
-    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.expand.default, aten._unsafe_view.default),
-    aten.slice.Tensor,
-)
-# Casts and copies change no value that the matmul would not round again: fp6::mm rounds the weight to x's dtype, once.
-_COPIES = (prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.alias.default)
 
 _SOURCES = (".py", ".jinja", ".cpp", ".h", ".json")
 
@@ -57,45 +50,14 @@ _matmuls = PatternMatcherPass(pass_name="fp6_mm")
 _leftovers = PatternMatcherPass(pass_name="fp6_dequantize")
 
 
-def presented_weight(node: Node) -> tuple[Node, Tensor] | None:
-    """The `fp6::dequantize` under a chain of views, and a meta tensor with the strides of what `node` shows of it."""
-    chain = []
-    while node.target in (*_VIEWS, *_COPIES):
-        chain.append(node)
-        node = node.args[0]  # type: ignore[assignment]
-    if node.target is not fp6.dequantize.default:
-        return None
-    shown = torch.empty(node.meta["val"].shape, device="meta")
-    for view in reversed([v for v in chain if v.target in _VIEWS]):
-        if any(isinstance(arg, Node) for arg in view.all_input_nodes[1:]):
-            return None
-        shown = view.target(shown, *view.args[1:], **view.kwargs)  # type: ignore[operator]
-    return node, shown
-
-
-def rows_shown(node: Node, rows_first: bool) -> range | None:
-    """The rows of a dequantized weight that `node` shows, as [..., rows, K] (rows_first) or [..., K, rows], or None.
-
-    The leading dimensions must be broadcast.
-    """
-    found = presented_weight(node) if isinstance(node, Node) else None
-    if found is None:
-        return None
-    dequantize, shown = found
-    k = dequantize.meta["val"].shape[1]
-    matrix = shown if rows_first else shown.mT
-    rows, first = matrix.shape[-2], shown.storage_offset() // k
-    # Sizes and strides that matter must be those of a stretch of rows.
-    sizes, strides = (*shown.shape[:-2], rows, k), (*[0] * (shown.dim() - 2), k, 1)
-    same = all(size == 1 or a == b for size, a, b in zip(sizes, matrix.stride(), strides, strict=True))
-    if matrix.shape != sizes or not same or shown.storage_offset() % k:
-        return None
-    return range(first, first + rows)
-
-
 def _weight_is(name: str, rows_first: bool = False) -> Any:
-    # Keywords that a pattern does not name are passed over by the matcher, and addmm's beta and alpha are such.
-    return lambda match: not match.output_node().kwargs and rows_shown(match.kwargs[name], rows_first) is not None
+    def check(match: Match) -> bool:
+        # Keywords that a pattern does not name are passed over by the matcher, and addmm's beta and alpha are such. An x of
+        # another dtype is the matmul's to refuse.
+        w, dtypes = match.kwargs[name], {match.kwargs[key].meta["val"].dtype for key in ("x", name)}
+        return not match.output_node().kwargs and rows_shown(w, rows_first) is not None and len(dtypes) == 1
+
+    return check
 
 
 def _packed(node: Node, rows_first: bool = False) -> tuple[Any, ...]:
@@ -205,7 +167,7 @@ def _value(node: Any) -> Any:
     if isinstance(node, (list, tuple)):
         return tuple(map(_value, node))
     is_size = isinstance(node, Node) and not isinstance(node.meta.get("val"), Tensor)
-    if not isinstance(node, Node) or node.op != "call_function" or not (is_size or node.target in (*_VIEWS, *_COPIES)):
+    if not isinstance(node, Node) or node.op != "call_function" or not (is_size or node.target in (*VIEWS, *COPIES)):
         return node
     return node.target, *map(_value, tree_leaves(node.args)), *node.kwargs, *map(_value, tree_leaves(node.kwargs))
 
@@ -226,7 +188,7 @@ def _leaves(node: Node) -> bool:
 
 
 def _is_view(node: Node) -> bool:
-    return node.target in (*_VIEWS, operator.getitem) or getattr(node.target, "is_view", False)
+    return node.target in (*VIEWS, operator.getitem) or getattr(node.target, "is_view", False)
 
 
 class FP6Pass(CustomGraphPass):

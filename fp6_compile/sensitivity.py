@@ -14,6 +14,7 @@ from torch import nn
 from fp6_compile.config import Options
 from fp6_compile.formats import Format
 from fp6_compile.model import is_weight, refusal
+from fp6_compile.names import names_in, warn_of_unmatched
 from fp6_compile.places import places
 from fp6_compile.quantize import dequantize, quantize
 from fp6_compile.report import progress
@@ -41,6 +42,7 @@ def sensitivities(
     Raises ValueError for a bad option.
     """
     options = Options.parse(None, {"skip": skip, "min_features": min_features, "float32": float32})
+    warn_of_unmatched(options, names_in(model), type(model).__name__)
     taken = [place for place in places(model) if is_weight(place, options) and refusal(place, options, None) is None]
     base, found = loss(), {}
     for place in progress(taken, "fp6: sensitivities"):

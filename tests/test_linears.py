@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fp6_compile
-from fp6_compile import linears
+from fp6_compile import names
 from tests.support import close, dequantized_
 
 N, K = 128, 256
@@ -354,4 +354,4 @@ def test_strict_allows_what_was_excluded(captured):
 def test_names_of_modules_that_were_found_through_a_dict():
     """As Dynamo finds them in a module with a __getattr__ of its own, such as PEFT's."""
     source = "L['self'].__dict__['_modules']['base_model']._modules['layers']._modules['0']._parameters['weight']"
-    assert linears._path(source) == "base_model.layers.0.weight"
+    assert names._path(source) == "base_model.layers.0.weight"

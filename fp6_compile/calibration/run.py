@@ -25,6 +25,7 @@ from fp6_compile.calibration.state import Done, State, digest, text_digest
 from fp6_compile.config import Options
 from fp6_compile.formats import AUTO, DEFAULT, FORMATS, get_format
 from fp6_compile.model import Values, is_weight, keep, refusal
+from fp6_compile.names import names_in, warn_of_unmatched
 from fp6_compile.places import Place, places, usable
 from fp6_compile.quantize import Grid
 from fp6_compile.report import LinearReport, Report, log_report, progress
@@ -84,6 +85,7 @@ def calibrate_(
     given = {"group_size": group_size, "skip": list(skip), "min_features": min_features, "float32": float32}
     options = Options.parse(None, given)
     run = _Run(getattr(model, "_orig_mod", model), algorithm, grid, options, device, source, equalize)
+    warn_of_unmatched(options, names_in(run.model), type(run.model).__name__)
     found = find_blocks(run.model, blocks)
     with quiet(run.model):
         if algorithm.needs == Needs.NOTHING and equalize is None:
