@@ -11,7 +11,7 @@ compile_fx, with passes.py in the joint graph and lowerings/ behind fp6::mm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._dynamo.backends import registry
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
 
@@ -28,7 +29,6 @@ from fp6_compile.formats import get_format
 from fp6_compile.graph import PackedGraph
 from fp6_compile.packing import SLABS, lane_dtype
 from fp6_compile.passes import FP6Pass
-from fp6_compile.planes import PackSpec
 from fp6_compile.report import Report, forget_reports, publish
 from fp6_compile.weights import forget_weights
 
@@ -60,7 +60,7 @@ def fp6(
     lowerings.register()
     packed = PackedGraph(gm, example_inputs, parsed)
     publish(Report(tuple(packed.linears), parsed.format))
-    patches["joint_custom_pre_pass"].decisions += str(_verdicts(set(packed.taken.specs)))
+    patches["joint_custom_pre_pass"].decisions += str(_verdicts(packed))
     compiled: Any = compile_fx(packed.gm, packed.inputs(), config_patches=patches)
     kept, taken = packed.kept, packed.taken
 
@@ -77,10 +77,10 @@ def fp6(
     return run
 
 
-def _verdicts(specs: Iterable[PackSpec]) -> list[str]:
+def _verdicts(packed: PackedGraph) -> list[str]:
     """What the self-tests said of the kernels for these weights: it decides on their code."""
-    on_gpu = [spec for spec in specs if spec.device.type == "cuda" and spec.layout in SLABS.values()]
-    if not on_gpu:
+    on_gpu = [spec for spec in {*packed.taken.specs} if spec.device.type == "cuda" and spec.layout in SLABS.values()]
+    if not on_gpu or any(isinstance(tensor, FakeTensor) for tensor in packed.planes()):
         return []
     from fp6_compile.kernels.device import may_use_wgmma  # here, because it imports Triton
 

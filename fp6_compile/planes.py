@@ -44,7 +44,7 @@ class Stamp(NamedTuple):
     storage: int
     address: int
     # Weak, or the float weight could never be freed. But held: while it is, no other storage can get its identity.
-    reference: StorageWeakRef
+    reference: StorageWeakRef | None
 
     @classmethod
     def of(cls, parameter: Tensor) -> Stamp:

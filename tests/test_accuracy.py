@@ -252,6 +252,7 @@ def test_the_encoders_loss_is_the_published_one(encoder, format, group, expected
         assert encoder.measure().figures["cosine"] == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     arguments = ["--quick", "--subjects", "code", "--out", str(tmp_path / "study")]
     command.main(arguments)
@@ -271,6 +272,7 @@ def test_the_command(tmp_path, capsys):
     assert "--model needs --text" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", [None, "own"])
 def test_formats_are_mixed_to_a_size(code_model, text):
     row = study.measure(code_model, Setting("auto", None, "rtn", text, 5.5))

@@ -113,6 +113,7 @@ def test_without_a_gpu_nothing_is_run(main, command, monkeypatch, capsys):
     assert "no CUDA device" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_stage(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["all", "--dry-run", "--out", str(tmp_path / "dry")])
     monkeypatch.setattr(everything, "stages", lambda *_: everything_but_the_tests(tmp_path / "dry"))

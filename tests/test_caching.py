@@ -92,6 +92,7 @@ def test_second_process_hits_and_an_edited_kernel_misses(copy):
     assert (second["fx_hit"], second["fx_miss"]) == (1, 0)
     assert second["sum"] == first["sum"]
 
+    (copy / "fp6_compile/kernels/tuned").mkdir(exist_ok=True)
     (copy / "fp6_compile/kernels/tuned/a_device.json").write_text("{}")
     for file in ("kernels/mm.py", "lowerings/fp6_mm.py.jinja", "kernels/tuned/a_device.json"):
         with (copy / "fp6_compile" / file).open("a") as source:

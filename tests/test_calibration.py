@@ -259,6 +259,7 @@ class Doomed(GPTQ):
         return "Doomed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [1, 4, 6, 9])
 def test_a_killed_calibration_goes_on_to_the_same_bits(weights, tmp_path):
     """Blocks of three weights, so that it dies in the first, second and third, and at the end."""

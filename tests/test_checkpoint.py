@@ -542,6 +542,7 @@ def test_killed_at_every_step(saved, folder, monkeypatch):
     assert False in outcomes
 
 
+@pytest.mark.slow
 def test_killed_at_random_times(tmp_path):
     """SIGKILL, 50 times, at random moments of a save: always the old model or the new one."""
     code = f"""

@@ -88,6 +88,7 @@ def test_attention_is_that_of_the_uncached_model():
     torch.testing.assert_close(actual, attention.o(y.transpose(1, 2).flatten(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, top_k=20)], ids=["greedy", "sampled"])
 def test_eight_tokens_in_a_graph_are_the_same_tokens(sampling, captured):
     """One compiled graph of eight chooses what eight eager steps choose."""
@@ -175,6 +176,7 @@ def small(monkeypatch):
     monkeypatch.setattr(decode_latency, "read_bandwidth", lambda device: 10.0)
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_one_line_of_json(small, captured, capfd, tmp_path):
     pytest.importorskip("matplotlib")
     out, plot = tmp_path / "out.json", tmp_path / "plot.png"
@@ -266,6 +268,7 @@ def test_bad_arguments(bad, message, capsys, monkeypatch):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float", "fp6"])
 def test_a_local_transformers_model(kind, tmp_path, captured):
     """From a folder: the tokens of `generate`, the cache's own positions wound back for every round."""

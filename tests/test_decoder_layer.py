@@ -68,6 +68,7 @@ def _no_copy_of_a_weight(module, smallest):
     assert max([*sizes, *(t.numel() for t in floats)]) < smallest
 
 
+@pytest.mark.slow
 def test_ten_launches():
     """Nine of a layer, attention among them, and one of the step; the numbers are those of the dequantized weights."""
     torch.manual_seed(0)

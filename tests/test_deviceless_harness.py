@@ -33,6 +33,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
+@pytest.mark.slow
 def test_the_epilogue_is_in_the_template_and_the_numbers_are_right(dtype: torch.dtype) -> None:
     model, (x, residual) = Gated(), activations(5, dtype)
     (module,) = generate_modules(model, [x, residual])
@@ -77,6 +78,7 @@ class Norm(torch.nn.Module):
         return torch.nn.functional.gelu(h) * torch.sigmoid(h).tanh(), torch.softmax(h, -1).float().sum(0)
 
 
+@pytest.mark.slow
 def test_inductors_own_kernels_are_interpreted_too() -> None:
     torch.manual_seed(0)
     model, x = Norm(), torch.randn(7, K, dtype=torch.float16)

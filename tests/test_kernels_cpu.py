@@ -256,6 +256,7 @@ def test_planes_of_another_size_are_refused():
         torch.ops.fp6.mm(x, weight.planes, weight.scale.half(), "e3m2", CPU, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cpp_wrapper", [False, True])
 def test_a_compiled_linear_is_one_call(cpp_wrapper):
     """In Inductor's Python wrapper one line; in its C++ wrapper a call of the dispatcher, without Python."""

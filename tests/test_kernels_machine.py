@@ -12,6 +12,7 @@ def rows():
     return {row["case"]: row for row in sass.measure_all(CASES)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_within_bars_and_budget(rows, case):
     assert sass.violations([rows[case.name]], {case.name: sass.read_budget()[case.name]}, [case]) == []

@@ -1,6 +1,7 @@
 """The self-test of wgmma: it finds a wrong bit, is run once, and decides which tile is taken."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,10 @@ def test_nothing_is_launched_while_a_graph_is_recorded(monkeypatch):
     assert dataclasses.replace(tile, SPLIT_K=1).num_warps == 2
 
 
+def _graph(spec):
+    return SimpleNamespace(taken=SimpleNamespace(specs=[spec]), planes=list)
+
+
 def test_the_verdict_is_part_of_the_cache_key(monkeypatch):
     """Another verdict is another kernel, which the key must tell apart."""
     hopper = dataclasses.replace(device.describe(CPU), arch="sm_90")
@@ -92,9 +97,9 @@ def test_the_verdict_is_part_of_the_cache_key(monkeypatch):
     keys = []
     for verdict in (True, False):
         monkeypatch.setattr(selftest, "passes", lambda *problem, verdict=verdict: verdict)
-        keys.append(str(backend._verdicts([spec])))
+        keys.append(str(backend._verdicts(_graph(spec))))
     assert keys[0] != keys[1]
-    assert backend._verdicts([dataclasses.replace(spec, device=CPU, layout="cpu.v1")]) == []
+    assert backend._verdicts(_graph(dataclasses.replace(spec, device=CPU, layout="cpu.v1"))) == []
 
 
 def test_another_assembler_is_another_test(kernel, monkeypatch, tmp_path):

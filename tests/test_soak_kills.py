@@ -204,6 +204,7 @@ def _run(code: str, kills: int, tmp_path: Path) -> None:
 CASES = {"save": SAVE, "resume": RESUME, "command": COMMAND}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["resume", "command"])  # of save, test_checkpoint.py has 50
 def test_killed_some_times(what, tmp_path):
     _run(CASES[what], 3, tmp_path)

@@ -45,6 +45,7 @@ def split_of(kernel: str) -> int:
 MODES = [None, "max-autotune-no-cudagraphs"]
 
 
+@pytest.mark.slow
 def test_the_last_program_adds_up_and_keeps_the_epilogue():
     """No reduction follows: a launch for gate and up, one for what joins them, one for down, one for the locks of all."""
     torch.manual_seed(0)
@@ -63,6 +64,7 @@ def test_the_last_program_adds_up_and_keeps_the_epilogue():
         _check(actual, _reference(model, x), torch.float16)
 
 
+@pytest.mark.slow
 def test_parts_are_added_by_the_kernel_that_follows():
     """RMSNorm reduces anyway: its kernel adds the parts and the residual, and the matmul stores float32 parts."""
     torch.manual_seed(0)
@@ -89,6 +91,7 @@ class Rotated(nn.Linear):
         return q * 0.5 + half * 0.25
 
 
+@pytest.mark.slow
 def test_a_sum_that_is_read_twice_gets_no_kernel_of_its_own():
     torch.manual_seed(0)
     model, x = Rotated(DIM, HIDDEN).half().requires_grad_(False), torch.randn(2, DIM).half()

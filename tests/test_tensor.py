@@ -317,6 +317,7 @@ def test_gradient_of_x_when_compiled():
     close(grads[0], grads[1], roundings=8)
 
 
+@pytest.mark.slow
 def test_our_lowering_and_a_second_process_that_hits_the_caches(tmp_path):
     """Under any backend that ends in Inductor; the lowering is registered once it is seen that someone compiles with it."""
     code = """
@@ -467,6 +468,7 @@ def _in_a_child(model, x, queue, seen):
     seen.wait(300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_shared_with_a_fresh_process(method):
     """A module goes to a process and comes back; its planes are the same memory, as a tensor's would be."""

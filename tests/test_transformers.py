@@ -135,6 +135,7 @@ def test_dynamic_batch_and_length(name, captured):
     assert counters["fp6"]["weights_packed"] == taken
 
 
+@pytest.mark.slow
 def test_static_cache_decode_does_not_recompile():
     """Prefill, then 64 single-token steps through a static KV cache: one graph each, planes packed once."""
     model = _llama().to(torch.float16).eval()

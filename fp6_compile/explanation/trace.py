@@ -179,7 +179,10 @@ class _Shapes(Planes):
         codes = parameter.new_empty(n, k, dtype=torch.uint8)
         groups = -(-k // self.spec.group_size) if self.spec.group_size else 1
         scale = parameter.new_empty(groups, n, dtype=torch.float32)
-        return Stamp.of(parameter), (*pack(codes, get_format(self.spec.format), self.spec.layout), scale)
+        return Stamp(id(parameter), 0, 0, 0, None), (
+            *pack(codes, get_format(self.spec.format), self.spec.layout),
+            scale,
+        )
 
     def _house(self, parameters: Sequence[Any], sources: Sequence[tuple[Tensor, ...]]) -> None:
         """Nothing: they have no memory."""
