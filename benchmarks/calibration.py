@@ -30,7 +30,7 @@ from benchmarks.cpu import environment
 from benchmarks.packing import resident_peak
 from examples.code_lm.model import CodeLM
 from examples.decode.llama import SIZES
-from fp6_compile.algorithms import GPTQ, Algorithm, Weighted
+from fp6_compile.calibration.algorithms import GPTQ, Algorithm, Weighted
 
 ALGORITHMS: dict[str, Algorithm] = {"weighted": Weighted(steps=16), "gptq": GPTQ()}
 
@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     found["largest_mb"] = _mb(max(line.bytes_before for line in report.linears))
     # q, k and v share one; so do gate and up.
     found["hessians_mb"] = _mb(4 * (3 * config.dim**2 + config.hidden**2)) if arguments.algorithm == "gptq" else 0
-    found["linears"] = f"{len(report.taken)} of {len(report.linears)}"
-    found["parameters_m"] = round(sum(line.shape[0] * line.shape[1] for line in report.taken) / 1e6)
+    found["linears"] = f"{len(report.quantized)} of {len(report.linears)}"
+    found["parameters_m"] = round(sum(line.shape[0] * line.shape[1] for line in report.quantized) / 1e6)
     return found
 
 

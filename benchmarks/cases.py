@@ -10,10 +10,10 @@ import torch
 
 from benchmarks.machine import Compiled, compile_kernel
 from fp6_compile.formats import Format, get_format
-from fp6_compile.kernels.config import LARGEST_MMA_M, Config, Device, config_for, constexprs
-from fp6_compile.kernels.mm import mm_kernel
-from fp6_compile.kernels.run import three
-from fp6_compile.slabs import BLOCK_K
+from fp6_compile.kernels.triton.config import LARGEST_MMA_M, Config, Device, config_for, constexprs
+from fp6_compile.kernels.triton.mm import mm_kernel
+from fp6_compile.kernels.triton.run import three
+from fp6_compile.layouts.gpu_tiles import BLOCK_K
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 WIDE, NARROW = (
@@ -83,7 +83,7 @@ class Kernel:
 
 
 def tile_of(case: Case) -> Config | None:
-    """The tile that the launcher would take, on a Hopper whose self-test of wgmma has passed; None: the vendor's matmul.
+    """The tile that the launcher would take, on a Hopper whose self-test of wgmma has passed; None: ATen's matmul.
 
     Raises ValueError for an unknown target.
     """
@@ -103,11 +103,11 @@ def _planes(fmt: Format) -> dict[str, str | None]:
 def compile_case(case: Case) -> Kernel:
     """The eager kernel for `case`, compiled with no GPU.
 
-    Raises ValueError for an unknown target or format, and where the launcher would take the vendor's matmul.
+    Raises ValueError for an unknown target or format, and where the launcher would take ATen's matmul.
     """
     nvidia, tile = case.target.startswith("sm"), tile_of(case)
     if tile is None:
-        raise ValueError(f"{case.name}: the vendor's matmul, no kernel of ours")
+        raise ValueError(f"{case.name}: ATen's matmul, no kernel of ours")
     constants: dict[str, Any] = constexprs(tile, get_format(case.format), case.group_size, case.k, use_asm=nvidia)
     x, planes = f"*{case.dtype}", _planes(get_format(case.format))
     constants |= {name: None for name, of in planes.items() if of is None}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fp6_compile.ops  # noqa: F401  torch.ops.fp6
 from fp6_compile.formats import get_format
-from fp6_compile.packing import layout_for, pack, plane_names, rows_per_index
+from fp6_compile.layouts.packing import layout_for, pack, plane_names, rows_per_index
 from fp6_compile.quantize import quantize
 
 
@@ -55,7 +55,7 @@ class SixBit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x @ weight.T."""
         if x.is_cuda:
-            from fp6_compile.kernels import launch
+            from fp6_compile.kernels.selection import launch
 
             return launch.mm(x, self.planes, self.scale, self.fmt, self.group_size)
         out: Tensor = torch.ops.fp6.mm(x, self.planes, self.scale, self.fmt.name, self.layout, self.group_size)
@@ -81,7 +81,7 @@ def fp6(weight: Tensor, spec: Spec) -> nn.Module:
 
 
 def linear(weight: Tensor, spec: Spec) -> nn.Module:
-    """Sixteen bits, by the vendor's library."""
+    """Sixteen bits, by ATen's library."""
     module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta", dtype=spec.dtype)
     module.weight = nn.Parameter(weight.to(spec.dtype), requires_grad=False)
     return module

@@ -25,7 +25,7 @@ from benchmarks import environment
 from benchmarks.bench import Problem, compare
 from benchmarks.cases import DTYPES, Case, Kernel, compile_case, tile_of
 from benchmarks.results import Row
-from fp6_compile.packing import BLOCK_K, ROWS
+from fp6_compile.layouts.packing import BLOCK_K, ROWS
 
 BITS = 6
 
@@ -104,7 +104,7 @@ def times_linear(gpu: GPU, m: int, n: int, k: int, itemsize: int, assumed: Assum
     }
 
 
-def times_vendor(gpu: GPU, m: int, n: int, k: int, groups: int, itemsize: int, assumed: Assumed) -> dict[str, float]:
+def times_cublas(gpu: GPU, m: int, n: int, k: int, groups: int, itemsize: int, assumed: Assumed) -> dict[str, float]:
     """Microseconds of each term, where the weight is dequantized into memory, by a launch of its own, for that matmul."""
     copied = (weight_bytes(n, k, groups) + n * k * itemsize) / (gpu.dram_tb_s * assumed.dram_share * 1e6)
     linear = times_linear(gpu, m, n, k, itemsize, assumed)
@@ -128,7 +128,7 @@ def predict(problem: Problem, m: int, target: str, assumed: Assumed = ASSUMED) -
     groups = math.ceil(k / problem.group_size) if problem.group_size else 1
     case = Case(target, m, n, problem.format, problem.dtype, problem.group_size, k)
     if tile_of(case) is None:
-        ours = times_vendor(gpu, m, n, k, groups, itemsize, assumed)
+        ours = times_cublas(gpu, m, n, k, groups, itemsize, assumed)
     else:
         ours = times_fp6(gpu, compile_case(case), m, n, k, groups, itemsize, assumed)
     theirs = times_linear(gpu, m, n, k, itemsize, assumed)

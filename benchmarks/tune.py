@@ -6,10 +6,10 @@ rotating weights (timing.py), each result compared with float32 first. The table
     {"device", "capability", "driver_version", "torch", "triton", "commit", "date", ...,
      "rows": [{"dtype": "fp16", "group_size": null, "n": 4096, "k": 4096, "m": 8,       m: the bucket's largest
                "tile": {"BLOCK_N": 64, "BLOCK_M": 8, "num_warps": 2, "num_stages": 3, "SPLIT_K": 4, "JOIN": 1},
-                                                     the fields of kernels.config.Config; null: the vendor's matmul
+                                                     the fields of kernels.config.Config; null: ATen's matmul
                "us": 4.2, "heuristic_us": 4.4, "tried": 6, "failed": 0}]}
 
-A table named after the device in fp6_compile/kernels/tuned/ is what the package takes its tiles from (kernels/tuned.py).
+A table named after the device in fp6_compile/kernels/selection/tuned/ is what the package takes its tiles from.
 heuristic_us is the time of the tile that config_for gives; a table is worth shipping where `us` is well below it.
 """
 
@@ -34,14 +34,14 @@ from benchmarks.providers import SixBit, Spec
 from benchmarks.results import Row
 from benchmarks.shapes import SHAPES, Shape, get_shape
 from fp6_compile.formats import get_format
-from fp6_compile.kernels.config import Config
-from fp6_compile.kernels.device import choices
-from fp6_compile.kernels.tuned import file_of
+from fp6_compile.kernels.selection.choices import choices
+from fp6_compile.kernels.selection.tuned import file_of
+from fp6_compile.kernels.triton.config import Config
 
 BUCKETS = [8, 16, 32, 64, 128, 256]
 
 
-Tile = Config | None  # None: the vendor's matmul on a dequantized copy
+Tile = Config | None  # None: ATen's matmul on a dequantized copy
 
 
 def candidates(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, device: torch.device) -> list[Tile]:
@@ -82,7 +82,7 @@ def fastest(tiles: Sequence[Tile], seconds: Callable[[Tile], float]) -> Row:
 
 def with_tile(tile: Tile) -> Any:
     """The launcher takes `tile` for everything: the one place that knows where it asks."""
-    from fp6_compile.kernels import launch
+    from fp6_compile.kernels.selection import launch
 
     return mock.patch.object(launch, "choices", return_value=(tile,))
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
+
 from fp6_compile.formats import DEFAULT, FORMATS
 from fp6_compile.quantize import SCALES
+
+log = logging.getLogger("fp6_compile")
 
 
 def _positive(value: object) -> bool:
@@ -85,3 +91,23 @@ class Options:
     def skips(self, names: list[str]) -> str | None:
         """The first glob of `skip` that one of `names` matches."""
         return next((glob for glob in self.skip if any(fnmatchcase(name, glob) for name in names)), None)
+
+
+def names_in(model: torch.nn.Module) -> Iterator[str]:
+    """All names that a glob may match in a model: of modules, and of parameters, which need not be some module's weight."""
+    yield from (name for name, _ in model.named_modules(remove_duplicate=False))
+    parameters = model.named_parameters(remove_duplicate=False)
+    yield from (name.removesuffix(".weight") for name, parameter in parameters if parameter.dim() > 1)
+
+
+def warn_of_unmatched(options: Options, names: Iterable[str], where: str) -> list[str]:
+    """The globs of `skip` that match none of `names`; each is logged as a warning, with the names that are most like it."""
+    known = sorted({*names} - {""})
+    missed = [glob for glob in options.skip if Options(skip=(glob,)).skips(known) is None]
+    for glob in missed:
+        close = difflib.get_close_matches(glob, known, 3) or difflib.get_close_matches(
+            glob.rpartition(".")[2], {name.rpartition(".")[2] for name in known}, 3
+        )
+        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+        log.warning("fp6: skip: %r matches no module of %s%s", glob, where, hint)
+    return missed

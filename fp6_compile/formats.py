@@ -14,7 +14,7 @@ of a wider float and its exponent and mantissa, as one run of bits, across that 
 
 The biased exponent is copied, so the result is the value times 2^(bias - wide bias), for normal numbers by definition and
 for subnormal ones because both floats drop the implicit one at the same exponent code. Nothing is rounded; the power of
-two that undoes the shift is `Format.lift`.
+two that undoes the shift is `Format.exponent_rescale`.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Format:
         """Left shift that lays exponent and mantissa across the boundary of `dtype` (torch.float16 or torch.bfloat16)."""
         return _WIDE[dtype][1] - self.mantissa_bits
 
-    def lift(self, dtype: torch.dtype) -> float:
+    def exponent_rescale(self, dtype: torch.dtype) -> float:
         """The power of two that turns a bias-shifted `dtype` back into the value: 2^(bias of dtype - bias)."""
         return 2.0 ** (2 ** (_WIDE[dtype][0] - 1) - 1 - self.bias)
 
@@ -80,7 +80,7 @@ class Format:
         """The values of all codes, in code order, exact in float32: by bias shift through FP16."""
         codes = torch.arange(2**self.bits, dtype=torch.int32, device=device)
         wide = (codes & self.sign) << (16 - self.bits) | (codes & (self.sign - 1)) << self.shift(torch.float16)
-        return wide.to(torch.int16).view(torch.float16).to(torch.float32) * self.lift(torch.float16)
+        return wide.to(torch.int16).view(torch.float16).to(torch.float32) * self.exponent_rescale(torch.float16)
 
     def decode(self, codes: Tensor) -> Tensor:
         """The exact values of `codes` (uint8, any shape), in float32."""

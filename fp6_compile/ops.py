@@ -27,9 +27,9 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from fp6_compile.formats import get_format
-from fp6_compile.kernels.config import supports
 from fp6_compile.kernels.cpu.build import load
-from fp6_compile.packing import CPU, PLANES, inputs_held, rows_per_index, slab_layout, unpack
+from fp6_compile.kernels.triton.config import supports
+from fp6_compile.layouts.packing import CPU, PLANES, gpu_layout, inputs_held, rows_per_index, unpack
 from fp6_compile.quantize import dequantize as _dequantize
 
 P = ParamSpec("P")
@@ -103,19 +103,19 @@ def mm_on_gpu(
     """`x @ W.T` by the Triton kernel, its tile chosen by M at run time; by rows where the kernel cannot."""
     if not has_kernel(x.device, x.dtype, layout, group_size):
         return mm_by_rows(x, planes, scale, format, layout, group_size)
-    from fp6_compile.kernels import launch  # here, because it imports Triton
+    from fp6_compile.kernels.selection import launch  # here, because it imports Triton
 
     _check(x.shape[-1], planes, scale, format, layout, group_size)
     out = launch.mm(x.reshape(-1, x.shape[-1]), planes, scale, get_format(format), group_size)
     return out.view(*x.shape[:-1], scale.shape[1])
 
 
-def mm_by_vendor(x: Tensor, *tensors: Tensor, format: str, group_size: int | None) -> Tensor:
+def mm_by_aten(x: Tensor, *tensors: Tensor, format: str, group_size: int | None) -> Tensor:
     """`x @ W.T` of x [M, K] on a GPU by a dequantized copy. Inductor times it against the kernel, so it gets its scratch."""
     count = len(get_format(format).planes)
-    from fp6_compile.kernels import launch
+    from fp6_compile.kernels.selection import launch
 
-    return launch.vendor_mm(x, tensors[:count], tensors[count], get_format(format), group_size)
+    return launch.aten_mm(x, tensors[:count], tensors[count], get_format(format), group_size)
 
 
 @_kernel
@@ -130,7 +130,7 @@ def mm_at_first(
 
 def has_kernel(device: torch.device, dtype: torch.dtype, layout: str, group_size: int | None) -> bool:
     """Whether the GPU kernel reads `layout` for activations of `dtype`; each layout holds the lanes of one compute dtype."""
-    return device.type == "cuda" and layout == slab_layout(dtype) and supports(group_size) is None
+    return device.type == "cuda" and layout == gpu_layout(dtype) and supports(group_size) is None
 
 
 def _check(

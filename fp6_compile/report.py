@@ -37,7 +37,7 @@ class LinearReport:
     format: str | None = None
 
     @property
-    def taken(self) -> bool:
+    def quantized(self) -> bool:
         """Whether the linear runs in packed bits."""
         return self.reason is None
 
@@ -50,14 +50,14 @@ class Report:
     format: str
 
     @property
-    def taken(self) -> list[LinearReport]:
+    def quantized(self) -> list[LinearReport]:
         """The linears that run in six bits."""
-        return [linear for linear in self.linears if linear.taken]
+        return [linear for linear in self.linears if linear.quantized]
 
     @property
-    def refused(self) -> list[LinearReport]:
+    def skipped(self) -> list[LinearReport]:
         """The linears that stayed as they were."""
-        return [linear for linear in self.linears if not linear.taken]
+        return [linear for linear in self.linears if not linear.quantized]
 
     @property
     def bytes_before(self) -> int:
@@ -71,14 +71,14 @@ class Report:
 
     def summary(self) -> str:
         """One line: how many were taken, the commonest reason why others were not, bytes before and after."""
-        line = f"fp6: {len(self.taken)} of {len(self.linears)} linears in {self.format}"
+        line = f"fp6: {len(self.quantized)} of {len(self.linears)} linears in {self.format}"
         if self.format == "auto":
-            formats = Counter(linear.format for linear in self.taken)
+            formats = Counter(linear.format for linear in self.quantized)
             line += f" ({', '.join(f'{number} {name}' for name, number in sorted(formats.items(), key=str))})"
-        reasons = Counter(linear.reason for linear in self.refused)
+        reasons = Counter(linear.reason for linear in self.skipped)
         if reasons:
             reason, count = reasons.most_common(1)[0]
-            line += f", {len(self.refused)} left alone ({count}: {reason})"
+            line += f", {len(self.skipped)} skipped ({count}: {reason})"
         return f"{line}, weights {size_text(self.bytes_before)} -> {size_text(self.bytes_after)}"
 
     def __str__(self) -> str:
@@ -87,10 +87,10 @@ class Report:
         for linear in self.linears:
             shape = "x".join(map(str, linear.shape))
             verdict = linear.reason or f"{size_text(linear.bytes_before)} -> {size_text(linear.bytes_after)}"
-            if linear.taken and self.format == "auto":
+            if linear.quantized and self.format == "auto":
                 verdict += f" {linear.format}"
             note = f" ({linear.note})" if linear.note else ""
-            mark = "fp6 " if linear.taken else "left"
+            mark = "fp6 " if linear.quantized else "skip"
             lines.append(f"  {mark}  {linear.name:<{width}}  {shape:>13}  {verdict}{note}")
         return "\n".join(lines)
 
@@ -119,7 +119,7 @@ def log_report(report: Report) -> None:
     """Log a report; louder when nothing at all was taken, because then the user got nothing."""
     log.info("%s", report.summary())
     log.debug("%s", report)
-    if report.linears and not report.taken:
+    if report.linears and not report.quantized:
         log.warning("%s", report.summary())
 
 

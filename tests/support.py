@@ -16,7 +16,8 @@ from torch._inductor.compile_fx import compile_fx
 from torch.fx import Graph, Node
 from torch.utils._dtype_abbrs import dtype_abbrs
 
-from fp6_compile import backend, passes
+from fp6_compile.backend import compile as backend
+from fp6_compile.backend import passes
 from fp6_compile.formats import DEFAULT, FORMATS
 from fp6_compile.quantize import dequantize, quantize
 

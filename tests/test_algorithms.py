@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fp6_compile import formats as all_formats
-from fp6_compile.algorithms import (
+from fp6_compile.calibration.algorithms import (
     GPTQ,
     RTN,
     Asymmetric,
@@ -21,7 +21,7 @@ from fp6_compile.algorithms import (
     nupes,
     output_error,
 )
-from fp6_compile.algorithms.rounding import neighbours
+from fp6_compile.calibration.algorithms.rounding import neighbours
 from fp6_compile.formats import Format
 from fp6_compile.quantize import dequantize, quantize
 

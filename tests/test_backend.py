@@ -38,7 +38,7 @@ def test_end_to_end_through_inductor():
 
 def test_without_grad_mode_the_graph_runs_below_autograd(monkeypatch):
     """There fp6::mm is a C++ call. What the graph writes in place still counts versions, and views know their base."""
-    from fp6_compile import backend
+    from fp6_compile.backend import compile as backend
 
     compile_fx, below = backend.compile_fx, []
 
@@ -79,7 +79,7 @@ def test_modes(mode, captured):
 
 
 def test_mode_reaches_inductor(monkeypatch):
-    from fp6_compile import backend
+    from fp6_compile.backend import compile as backend
 
     seen = {}
 

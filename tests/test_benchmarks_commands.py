@@ -11,8 +11,9 @@ import torch
 from benchmarks import all as everything
 from benchmarks import environment, linear, tune
 from examples.decode.arguments import parse
-from fp6_compile.kernels import device, launch
-from fp6_compile.kernels.config import Config, config_for
+from fp6_compile.kernels.selection import choices as device
+from fp6_compile.kernels.selection import launch
+from fp6_compile.kernels.triton.config import Config, config_for
 
 # tiles
 

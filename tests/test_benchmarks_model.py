@@ -9,7 +9,7 @@ import torch
 from benchmarks import bench, linear, plots, simulate
 from benchmarks.shapes import get_shape
 from fp6_compile.formats import FORMATS
-from fp6_compile.packing import SLABS, pack
+from fp6_compile.layouts.packing import GPU_LAYOUTS, pack
 
 
 def predicted(m, shape="28672x8192", assumed=simulate.ASSUMED, dtype="fp16", group=None):
@@ -52,7 +52,7 @@ def test_many_rows_are_not_predicted_to_be_bound_by_bytes():
 
 
 def test_the_size_of_a_weight_is_what_pack_makes():
-    w4, w2 = pack(torch.zeros(40, 300, dtype=torch.uint8), FORMATS["e3m2"], SLABS[torch.float16])
+    w4, w2 = pack(torch.zeros(40, 300, dtype=torch.uint8), FORMATS["e3m2"], GPU_LAYOUTS[torch.float16])
     assert simulate.weight_bytes(40, 300, 2) == w4.nbytes + w2.nbytes + 40 * 2 * 4
 
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from fp6_compile import sensitivities
-from fp6_compile.algorithms import Quantized
-from fp6_compile.algorithms.budget import Choice, allocate, choose_formats
+from fp6_compile.calibration.algorithms import Quantized
 from fp6_compile.formats import Format
+from fp6_compile.packed.budget import Choice, allocate, choose_formats
 from fp6_compile.quantize import quantize
 
 

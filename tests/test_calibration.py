@@ -10,9 +10,19 @@ from torch import nn
 
 import fp6_compile
 from fp6_compile import PackedTensor, calibrate_, quantize_
-from fp6_compile.algorithms import GPTQ, RTN, BiasCorrection, Clip, Integer, LoRC, Needs, Statistics, Weighted
+from fp6_compile.calibration.algorithms import (
+    GPTQ,
+    RTN,
+    BiasCorrection,
+    Clip,
+    Integer,
+    LoRC,
+    Needs,
+    Statistics,
+    Weighted,
+)
 from fp6_compile.formats import DEFAULT, FORMATS
-from fp6_compile.lowrank import LowRankLinear
+from fp6_compile.packed.low_rank import LowRankLinear
 from tests.support import SwiGLU, close
 
 DIM = 128
@@ -91,7 +101,7 @@ def test_inputs_of_all_kinds():
 def test_the_whole_model_at_once():
     model = _tower()
     report = calibrate_(model, INPUTS, algorithm=Weighted(steps=4), blocks="")
-    assert len(report.taken) == 8
+    assert len(report.quantized) == 8
     assert all(line.note is None for line in report.linears)
 
 
@@ -129,7 +139,7 @@ def test_a_grid_without_kernels_is_simulated():
     fmt = Integer(3)
     model, original = _tower(), _tower()
     report = calibrate_(model, format=fmt, group_size=32)
-    assert (report.format, report.taken[0].bytes_after) == ("int3", DIM * DIM * 3 // 8 + 4 * 4 * DIM)
+    assert (report.format, report.quantized[0].bytes_after) == ("int3", DIM * DIM * 3 // 8 + 4 * 4 * DIM)
     expected = RTN()(original.first.weight.detach(), fmt, 32).dequantize(torch.float16)
     assert torch.equal(model.first.weight, expected)
     assert not isinstance(model.first.weight, PackedTensor)
@@ -184,7 +194,7 @@ def test_a_transformers_decoder():
     tokens = torch.arange(24).view(2, 12)
     inputs = [{"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}, {"input_ids": tokens[:1, :7]}]
     report = calibrate_(model, inputs, algorithm=GPTQ(), min_features=64)
-    assert len(report.taken) == 15
+    assert len(report.quantized) == 15
     assert model.config.use_cache
     with torch.no_grad():
         assert model(tokens).logits.isfinite().all()
@@ -213,7 +223,7 @@ def test_extras_are_of_use_and_are_parameters(with_extras):
     assert errors[0] < errors[1]
     report = quantize_(with_extras)
     assert {line.note for line in report.linears} == {"packed already"}
-    assert len(report.taken) == 8
+    assert len(report.quantized) == 8
 
 
 def test_extras_are_saved_and_loaded(with_extras, tmp_path):

@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 import fp6_compile
-from fp6_compile import CheckpointError, PackedTensor, manifest, storage
-from fp6_compile.lowrank import LowRankLinear, grow
+from fp6_compile import CheckpointError, PackedTensor
+from fp6_compile.checkpoint import manifest
+from fp6_compile.packed.low_rank import LowRankLinear, grow
+from fp6_compile.storage import safetensors as storage
 from tests.test_model import Tower
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
@@ -65,7 +67,7 @@ def _assert_refused(folder: Path, message: str) -> None:
 def test_round_trip(make, saved):
     original, model = _packed_tower(), make().eval()
     report = fp6_compile.load(model, saved)
-    assert [(line.name, line.shape) for line in report.taken] == [("first", (256, 256))]
+    assert [(line.name, line.shape) for line in report.quantized] == [("first", (256, 256))]
     for (name, theirs), (same, mine) in zip(original.state_dict().items(), model.state_dict().items(), strict=True):
         assert name == same
         assert torch.equal(mine, theirs)

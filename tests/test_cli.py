@@ -184,7 +184,7 @@ def test_explain(source, packed, tmp_path, capsys):
     assert cli.main(["explain", str(source), "--device", "4090", "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert "on RTX 4090: nothing was run" in out
-    assert "8 of 8 taken" in out
+    assert "8 of 8 quantized" in out
     assert "hold: all of the call" in out
     assert page.read_text().startswith("<!doctype html>")
     assert cli.main(["explain", str(packed), "--device", "4090", "--context", "256", "--json"]) == 0

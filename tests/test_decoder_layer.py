@@ -10,8 +10,8 @@ from torch._dynamo.utils import counters
 from torch.testing import FileCheck
 
 from examples.code_lm.model import Block, ModelConfig, rope_angles
-from fp6_compile.kernels import selftest
-from fp6_compile.launches import launches
+from fp6_compile.explanation.launches import launches
+from fp6_compile.kernels.selection import selftest
 from tests.deviceless.codegen import generate_modules
 from tests.deviceless.interpret import run_interpreted
 from tests.support import dequantized_
@@ -50,7 +50,7 @@ class Rotated(nn.Module):
 
 @pytest.fixture(autouse=True)
 def wgmma(monkeypatch):
-    """The self-test's answer: it cannot run on a device that is only pretended."""
+    """The self-test's answer: it cannot run on a device that is only fake."""
     monkeypatch.setattr(selftest, "passes", lambda *problem: False)
 
 

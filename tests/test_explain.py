@@ -13,9 +13,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fp6_compile
-from fp6_compile import devices, weights
-from fp6_compile.devices import DEVICES, device_named
-from fp6_compile.lowerings import pretend
+from fp6_compile.backend import weights
+from fp6_compile.fake_gpu import device as pretend
+from fp6_compile.fake_gpu import devices
+from fp6_compile.fake_gpu.devices import DEVICES, device_named
 from tests.support import SwiGLU
 
 DIM = 128
@@ -42,7 +43,7 @@ def test_text(block):
         """\
 SwiGLU, backend fp6 (e2m3, mode='reduce-overhead'), on H200: nothing was run
 
-linears       3 of 3 taken, 197 KB -> 125 KB
+linears       3 of 3 quantized, 197 KB -> 125 KB
 graphs        1, no graph breaks
 CUDA graphs   hold: all of the call
 kernels       3 a call: 1 generated, 2 template matmul
@@ -182,18 +183,18 @@ def test_graph_breaks():
 
 
 class Refused(nn.Module):
-    """One linear of every kind that is left alone, and one that is taken."""
+    """One linear of every kind that is skipped, and one that is quantized."""
 
     def __init__(self):
         super().__init__()
-        self.taken, self.skipped, self.nan = (nn.Linear(DIM, DIM, bias=False) for _ in range(3))
+        self.quantized, self.skipped, self.nan = (nn.Linear(DIM, DIM, bias=False) for _ in range(3))
         self.small = nn.Linear(DIM, 16, bias=False)
         self.experts = nn.Parameter(torch.randn(2, DIM, DIM))
         with torch.no_grad():
             self.nan.weight[0, 0] = torch.nan
 
     def forward(self, x):
-        y = self.taken(x) + self.skipped(x) + self.nan(x)
+        y = self.quantized(x) + self.skipped(x) + self.nan(x)
         return self.small(y), torch.bmm(x.expand(2, *x.shape), self.experts)
 
 
@@ -202,15 +203,15 @@ def test_refusals():
     with torch.no_grad():
         found = fp6_compile.explain(model, torch.randn(1, DIM).half(), device="H200", options={"skip": ["skipped"]})
     assert {linear.name: linear.reason for linear in found.linears} == {
-        "taken": None,
+        "quantized": None,
         "skipped": "skipped by 'skipped'",
         "nan": "fp6: cannot quantize nan: weight: 1 of 16384 values are NaN or infinite",
         "small": "fewer than 128 inputs or outputs (min_features)",
         "experts": "a 3-D weight",
     }
-    assert "left  experts" in str(found)
+    assert "skip  experts" in str(found)
     with_grad = fp6_compile.explain(model, torch.randn(1, DIM).half(), device="H200")
-    assert not with_grad.taken
+    assert not with_grad.quantized
     assert "requires grad" in str(with_grad)
 
 
@@ -229,7 +230,7 @@ def test_packed_and_empty_models():
         empty = SwiGLU(DIM, 256).bfloat16().requires_grad_(False)
     unknown = fp6_compile.explain(empty, _x(), device="H200")
     assert [x.sqnr_text for x in unknown.linears] == ["unknown"] * 3
-    assert len(unknown.taken) == len(unknown.launches) == 3
+    assert len(unknown.quantized) == len(unknown.launches) == 3
     assert empty.up.weight.is_meta
 
 
@@ -330,9 +331,9 @@ def test_without_triton(monkeypatch):
     def missing(device):
         raise ImportError("No module named 'triton'")
 
-    monkeypatch.setattr(pretend, "pretended_device", missing)
+    monkeypatch.setattr(pretend, "fake_device", missing)
     found = fp6_compile.explain(_block(), _x(), device="H200")
-    assert len(found.taken) == 3
+    assert len(found.quantized) == 3
     assert found.launches is None
     assert found.cuda_graphs.hold is None
     assert "kernels       unknown: no code for a GPU can be generated here: No module named 'triton'" in str(found)

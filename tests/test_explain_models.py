@@ -70,12 +70,12 @@ def test_every_model(name):
     *_, linears, launches = MODELS[name]
     found = _explain(name)
     text = str(found)
-    assert len(found.taken) == len(found.linears) == linears, text
+    assert len(found.quantized) == len(found.linears) == linears, text
     assert all(30 < linear.sqnr < 33 for linear in found.linears), text
     assert (found.graphs, found.breaks, found.stopped) == (1, (), None), text
     assert found.cuda_graphs.hold, text
     assert found.kinds["template matmul"] == launches, found.launches
-    assert f"linears       {linears} of {linears} taken" in text
+    assert f"linears       {linears} of {linears} quantized" in text
     assert all(f"fp6  {linear.name} " in text for linear in found.linears)
     if name in TEXTS:
         # What differs between versions of torch and of transformers: digits of the error, and what is fused into one kernel.
@@ -93,7 +93,7 @@ def _llama(text):
         """\
 LlamaForCausalLM, backend fp6 (e2m3, mode='reduce-overhead'), on H200: nothing was run
 
-linears       15 of 15 taken, 721 KB -> 502 KB
+linears       15 of 15 quantized, 721 KB -> 502 KB
 graphs        1, no graph breaks
 CUDA graphs   hold: all of the call
 kernels       ?? a call: 2 attention, ?? generated, 9 template matmul
@@ -127,7 +127,7 @@ def _bart(text):
         """\
 BartForConditionalGeneration, backend fp6 (e2m3, mode='reduce-overhead'), on H200: nothing was run
 
-linears       17 of 17 taken, 721 KB -> 502 KB
+linears       17 of 17 quantized, 721 KB -> 502 KB
 graphs        1, no graph breaks
 CUDA graphs   hold: all of the call
 kernels       ?? a call: 3 attention, ?? generated, 12 template matmul

@@ -12,7 +12,7 @@ from torch import nn
 
 import fp6_compile
 from fp6_compile import CheckpointError, empty_parameters, quantize_
-from fp6_compile.files import JSON_LIMIT, member, parse_json, read_json, short
+from fp6_compile.storage.files import JSON_LIMIT, member, parse_json, read_json, short
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
 
@@ -280,7 +280,7 @@ def test_a_folder_in_the_cache_of_hugging_face(tmp_path):
         path.rename(tmp_path / "models--a--b" / "blobs" / str(number))
         (folder / path.name).symlink_to(f"../../blobs/{number}")
     model = _model()
-    assert quantize_(model, source=folder).taken
+    assert quantize_(model, source=folder).quantized
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 

@@ -29,10 +29,10 @@ def _by_definition(fmt) -> torch.Tensor:
 def test_named_constants():
     assert (E3M2.bias, E3M2.max, E3M2.bits) == (3, 28.0, 6)
     assert (E2M3.bias, E2M3.max, E2M3.bits) == (1, 7.5, 6)
-    assert E3M2.lift(torch.float16) == 2.0**12
-    assert E3M2.lift(torch.bfloat16) == 2.0**124
-    assert E2M3.lift(torch.float16) == 2.0**14
-    assert E2M3.lift(torch.bfloat16) == 2.0**126
+    assert E3M2.exponent_rescale(torch.float16) == 2.0**12
+    assert E3M2.exponent_rescale(torch.bfloat16) == 2.0**124
+    assert E2M3.exponent_rescale(torch.float16) == 2.0**14
+    assert E2M3.exponent_rescale(torch.bfloat16) == 2.0**126
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)

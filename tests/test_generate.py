@@ -134,7 +134,7 @@ def test_tokens(name, captured):
     model, tokens, graphs = _random(make), torch.randint(3, VOCABULARY, (1, 8)), Graphs()
     actual = _generate(model, tokens, compile_config=_compile_config(), streamer=graphs)
     report = fp6_compile.last_report()
-    assert len(report.taken) == len(report.linears) == linears, str(report)
+    assert len(report.quantized) == len(report.linears) == linears, str(report)
     assert counters["fp6"]["merged"] == merged
     assert not counters["graph_break"]
     assert set(graphs.seen[2:]) == {1}  # the first two are the prompt's
@@ -155,11 +155,11 @@ def test_packed_model(name, captured):
     plain, packed = copy.deepcopy(model), fp6_compile.quantize_(model, float32=True)
     actual = _generate(model, tokens, 32, compile_config=_compile_config())
     report = fp6_compile.last_report()
-    assert len(report.taken) == len(report.linears) == linears, str(report)
+    assert len(report.quantized) == len(report.linears) == linears, str(report)
     assert counters["fp6"]["merged"] == merged
-    names = {linear.name for linear in packed.taken}
+    names = {linear.name for linear in packed.quantized}
     dequantized_(plain, [f"{name}.weight" for name in names])
-    step = [f"{linear.name}.weight" for linear in report.taken if linear.name not in names]
+    step = [f"{linear.name}.weight" for linear in report.quantized if linear.name not in names]
     expected = _generate(_reference(plain, step), tokens, 32, compile_config=_compile_config())
     assert actual.tolist() == expected.tolist()
 
@@ -173,9 +173,9 @@ def test_encoder(captured):
         tokens = torch.randint(3, VOCABULARY, (1, length))
         actual = encoder(tokens).last_hidden_state
     report = fp6_compile.last_report()
-    assert len(report.taken) == len(report.linears) == 6, str(report)
+    assert len(report.quantized) == len(report.linears) == 6, str(report)
     assert len(captured.graphs) == 1
     twin = copy.deepcopy(model).get_encoder()
     twin._compiled_call_impl = None
-    dequantized_(twin, [f"{linear.name}.weight" for linear in report.taken])
+    dequantized_(twin, [f"{linear.name}.weight" for linear in report.quantized])
     torch.testing.assert_close(actual, twin(tokens).last_hidden_state, rtol=1e-4, atol=1e-4)

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from fp6_compile.formats import FORMATS, Format
-from fp6_compile.kernels import config, launch, run
-from fp6_compile.kernels.device import choices
-from fp6_compile.packing import pack, slab_layout
+from fp6_compile.kernels.selection import launch
+from fp6_compile.kernels.selection.choices import choices
+from fp6_compile.kernels.triton import config, run
+from fp6_compile.layouts.packing import gpu_layout, pack
 from fp6_compile.quantize import dequantize
 from tests.deviceless.pool import interpreted
 from tests.support import SIX_BITS
@@ -45,7 +46,7 @@ def weight(n: int, k: int, group: int | None, seed: int = 0) -> tuple[Tensor, Te
 
 
 def product(run: Run, x: Tensor, codes: Tensor, scale: Tensor, fmt: Format, group: int | None) -> Tensor:
-    planes = pack(codes, fmt, slab_layout(x.dtype))
+    planes = pack(codes, fmt, gpu_layout(x.dtype))
     return run(x, [plane.to(x.device) for plane in planes], scale.to(x.device), fmt, group).cpu()
 
 
@@ -75,7 +76,7 @@ def check_gemm(run: Run, x: Tensor, n: int, group: int | None, fmt: Format) -> N
 
     Products of x with a code are exact in float32 for 16-bit x, one rounding otherwise; summing k of them, with a scale
     per group, rounds each at most k + 2 times (Higham, theorem 3.5, any order); then one rounding to the dtype, or to
-    its subnormal spacing. Tensor cores may truncate where float32 rounds: twice the unit roundoff 2^-24. The vendor's
+    its subnormal spacing. Tensor cores may truncate where float32 rounds: twice the unit roundoff 2^-24. The aten's
     matmul reads weights that have been rounded to the dtype.
     """
     m, k = x.shape
@@ -83,8 +84,8 @@ def check_gemm(run: Run, x: Tensor, n: int, group: int | None, fmt: Format) -> N
     w = dequantize(codes, scale.double(), fmt, group, torch.float64)
     exact = x.cpu().double() @ w.T
     unit = ROUNDOFF[x.dtype]
-    by_vendor = choices(x.device, m, n, k, group, x.dtype, fmt)[0] is None
-    relative = (k + 2) * 2.0**-23 * (1 + unit) + unit * by_vendor
+    by_aten = choices(x.device, m, n, k, group, x.dtype, fmt)[0] is None
+    relative = (k + 2) * 2.0**-23 * (1 + unit) + unit * by_aten
     bound = relative * (x.cpu().double().abs() @ w.abs().T) + unit * exact.abs()
     error = (product(run, x, codes, scale, fmt, group).double() - exact).abs()
     assert bool((error <= bound + torch.finfo(x.dtype).smallest_normal * unit).all()), (error / bound).max()
@@ -185,12 +186,12 @@ def test_nothing_outside_x_is_used(group):
 @pytest.mark.parametrize(("m", "n"), [(0, 40), (5, 0)])
 def test_nothing_to_compute(m, n):
     """No launch: this process does not interpret, and has no GPU to launch on."""
-    planes = pack(torch.zeros(n, 64, dtype=torch.uint8), E3M2, slab_layout(F16))
+    planes = pack(torch.zeros(n, 64, dtype=torch.uint8), E3M2, gpu_layout(F16))
     assert launch.mm(torch.ones(m, 64, dtype=F16), planes, torch.ones(1, n), E3M2, None).shape == (m, n)
 
 
 def test_overflow_is_the_result_s_not_the_kernel_s():
-    """Sums past float16's range are fine until they are scaled: 2^12 is lifted in float32."""
+    """Sums past float16's range are fine until they are scaled: 2^12 is rescaled in float32."""
     codes = torch.full((16, 512), 31, dtype=torch.uint8)
     x = torch.full((1, 512), 100.0, dtype=F16)
     out = product(run_interpreted, x, codes, torch.full((1, 16), 2.0**-10), E3M2, None)

@@ -11,7 +11,7 @@ from torch.testing import FileCheck
 
 from fp6_compile import ops
 from fp6_compile.formats import FORMATS, Format
-from fp6_compile.packing import CPU, PLANES, pack
+from fp6_compile.layouts.packing import CPU, PLANES, pack
 from fp6_compile.quantize import dequantize, quantize
 from tests.support import SIX_BITS, close, dequantized_
 
@@ -237,7 +237,7 @@ def test_threads_do_not_change_a_bit(path, dtype, m):
     assert torch.equal(results[0], results[2])
 
 
-def test_vendor_matmuls_between_ours():
+def test_aten_matmuls_between_ours():
     """oneDNN keeps a tile configuration in the same threads."""
     weight, exact = _weight(64, 256)
     x, w = torch.randn(33, 256).bfloat16(), exact.bfloat16()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fp6_compile import ops
 from fp6_compile.formats import FORMATS, Format
-from fp6_compile.packing import CPU, PLANES, pack
+from fp6_compile.layouts.packing import CPU, PLANES, pack
 
 CASES = 500
 FLUSHING = ("avx512_bf16", "amx")  # vdpbf16ps and tdpbf16ps take subnormal numbers for zeros

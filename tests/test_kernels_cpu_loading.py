@@ -14,7 +14,7 @@ import torch
 from fp6_compile import ops
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels.cpu import build
-from fp6_compile.packing import CPU, pack
+from fp6_compile.layouts.packing import CPU, pack
 from fp6_compile.quantize import quantize
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@ import torch
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels.cpu import build
 from fp6_compile.kernels.cpu import quantize as cpu
-from fp6_compile.packing import CPU, PLANES, pack
+from fp6_compile.layouts.packing import CPU, PLANES, pack
 from fp6_compile.quantize import quantize
 from tests.support import SIX_BITS
 
@@ -96,6 +96,6 @@ def test_repack_between_tiles_and_planes(n, k):
 
 def test_repack_leaves_the_rest_to_torch():
     planes = pack(torch.zeros(4, 64, dtype=torch.uint8), FORMATS["e3m2"], PLANES)
-    assert cpu.repack(planes, PLANES, "slabs_fp16.v1", 4, 64) is None
+    assert cpu.repack(planes, PLANES, "gpu_tiles_fp16.v1", 4, 64) is None
     assert cpu.repack(planes, PLANES, CPU, 8, 64) is None, "planes of another shape are not read"
     assert cpu.repack([plane.to("meta") for plane in planes], PLANES, CPU, 4, 64) is None

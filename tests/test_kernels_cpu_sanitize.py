@@ -29,7 +29,7 @@ def _run(folder: Path, sanitizers: str, threads: int) -> str:
     objects, _ = build.commands(compiler)
     del objects["op"]  # torch's side
     x86 = ["-DFP6_X86"] if "amx" in objects else []
-    objects["harness"] = [compiler, "-std=c++20", *x86, f"-I{Path(build.__file__).parent}", "-c", str(HARNESS)]
+    objects["harness"] = [compiler, "-std=c++20", *x86, f"-I{Path(build.__file__).parent / 'csrc'}", "-c", str(HARNESS)]
     objects["harness"] += ["-o", "harness.o"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compile_ = [[*command, *sanitize, "-DFP6_WITHOUT_TORCH"] for command in objects.values()]

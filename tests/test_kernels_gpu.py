@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fp6_compile.kernels import launch, run, selftest
-from fp6_compile.kernels.device import choices
-from fp6_compile.packing import pack, slab_layout
+from fp6_compile.kernels.selection import launch, selftest
+from fp6_compile.kernels.selection.choices import choices
+from fp6_compile.kernels.triton import run
+from fp6_compile.layouts.packing import gpu_layout, pack
 from tests.support import SIX_BITS
 from tests.test_kernels import (
     BF16,
@@ -99,7 +100,7 @@ def test_split(tile, m, n, k, group, fmt, dtype, parts):
 def test_split_is_deterministic_and_leaves_no_trace():
     """Hundreds of programs race to be the last; every run gives the same bits, and the locks are zeros again."""
     codes, x = torch.randint(0, 64, (4096, 4096), dtype=torch.uint8), activations(3, 4096, F16, "cuda")
-    planes = [plane.cuda() for plane in pack(codes, E3M2, slab_layout(F16))]
+    planes = [plane.cuda() for plane in pack(codes, E3M2, gpu_layout(F16))]
     arguments = (x, planes, torch.rand(1, 4096, device="cuda"), E3M2, None)
     assert choices(x.device, 3, 4096, 4096, None, F16, E3M2)[0].SPLIT_K > 1
     first = launch.mm(*arguments)
@@ -111,7 +112,7 @@ def test_split_is_deterministic_and_leaves_no_trace():
 def test_split_inside_cuda_graphs_beside_each_other():
     """Two recorded launches replayed on two streams at once do not share locks."""
     codes = torch.randint(0, 64, (2048, 4096), dtype=torch.uint8)
-    planes = [plane.cuda() for plane in pack(codes, E3M2, slab_layout(F16))]
+    planes = [plane.cuda() for plane in pack(codes, E3M2, gpu_layout(F16))]
     x = [activations(m, 4096, F16, "cuda") for m in (2, 5)]
     arguments = [(each, planes, torch.ones(1, 2048, device="cuda"), E3M2, None) for each in x]
     expected = [launch.mm(*each) for each in arguments]
@@ -143,7 +144,7 @@ def test_wgmma_passes_its_self_test(dtype, group):
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=show)
 @pytest.mark.parametrize("m", [65, 128, 300, 1500])
 def test_many_rows(m, dtype, group):
-    """Whatever is taken for it: wgmma, mma.sync, or the vendor's matmul on a dequantized copy."""
+    """Whatever is taken for it: wgmma, mma.sync, or ATen's matmul on a dequantized copy."""
     check_gemm(launch.mm, activations(m, 2048, dtype, "cuda"), 1000, group, E2M3)
 
 

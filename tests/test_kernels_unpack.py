@@ -10,11 +10,11 @@ import triton.language as tl
 from torch.testing import assert_close
 
 from fp6_compile.formats import FORMATS
-from fp6_compile.kernels.config import format_constants
-from fp6_compile.kernels.ptx import ptx
-from fp6_compile.kernels.unpack import unpack
-from fp6_compile.packing import unpack as unpack_codes
-from fp6_compile.slabs import LANES, SLABS, words
+from fp6_compile.kernels.triton.config import format_constants
+from fp6_compile.kernels.triton.ptx import ptx
+from fp6_compile.kernels.triton.unpack import unpack
+from fp6_compile.layouts.gpu_tiles import GPU_LAYOUTS, LANES, words
+from fp6_compile.layouts.packing import unpack as unpack_codes
 from tests.deviceless.pool import interpreted
 
 CASES = [pytest.param(FORMATS[name], dtype, id=f"{name}-{str(dtype)[6:]}") for name, dtype in LANES]
@@ -23,7 +23,7 @@ CASES = [pytest.param(FORMATS[name], dtype, id=f"{name}-{str(dtype)[6:]}") for n
 OTHERS = [
     pytest.param(fmt, dtype, id=f"{fmt.name}-{str(dtype)[6:]}")
     for fmt in FORMATS.values()
-    for dtype in SLABS
+    for dtype in GPU_LAYOUTS
     if (fmt.name, dtype) not in LANES and fmt.exponent_bits < 5
 ]
 
@@ -50,8 +50,8 @@ def _expected(made: torch.Tensor, fmt, dtype) -> torch.Tensor:
         plane = plane if count > 1 else plane[:, :, 0]
         planes.append(plane.to(torch.uint8) if width == 1 else plane)
         first += count
-    codes = unpack_codes(planes, fmt, SLABS[dtype], planes[0].shape[0] * 16, 256)
-    values = fmt.decode(codes) / (fmt.lift(dtype) if dtype == torch.float16 else 1)
+    codes = unpack_codes(planes, fmt, GPU_LAYOUTS[dtype], planes[0].shape[0] * 16, 256)
+    values = fmt.decode(codes) / (fmt.exponent_rescale(dtype) if dtype == torch.float16 else 1)
     return values.to(dtype).view(-1, 8, 32).movedim(1, 0).flatten(1)
 
 
@@ -157,7 +157,7 @@ def test_twin_is_exact_on_every_word(fmt, dtype):
     assert_close(got.view(torch.int16), _expected(words, fmt, dtype).view(torch.int16), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", SLABS, ids=str)
+@pytest.mark.parametrize("dtype", GPU_LAYOUTS, ids=str)
 @pytest.mark.parametrize("name", ["e2m2", "e4m3", "e3m3"])
 def test_twin_of_other_widths(name, dtype):
     fmt = FORMATS[name]

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import fp6_compile
-from fp6_compile import PackedTensor, quantize_, weights
+from fp6_compile import PackedTensor, quantize_
+from fp6_compile.backend import weights
 from tests.support import close
 
 

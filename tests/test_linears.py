@@ -7,7 +7,7 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fp6_compile
-from fp6_compile import names
+from fp6_compile.backend.find import names
 from tests.support import close, dequantized_
 
 N, K = 128, 256
@@ -74,7 +74,7 @@ def test_one_weight_both_ways_round(captured):
     assert captured.targets() == ["fp6.mm"] * 3
     assert torch._dynamo.utils.counters["fp6"]["weights_packed"] == 2
     (linear,) = fp6_compile.last_report().linears
-    assert linear.taken
+    assert linear.quantized
 
 
 def test_packed_once_for_several_linears(captured):
@@ -116,7 +116,7 @@ def test_tied_embedding_keeps_its_float_weight(captured):
         torch.testing.assert_close(x, model.embed(tokens), rtol=0, atol=0)
         close(logits, F.linear(x, dequantized_(model, ["embed.weight"]).head.weight))
     (linear,) = fp6_compile.last_report().linears
-    assert (linear.name, linear.taken, linear.note) == ("head", True, "torch.float16 kept for embedding")
+    assert (linear.name, linear.quantized, linear.note) == ("head", True, "torch.float16 kept for embedding")
 
 
 def test_weight_that_only_feeds_matmuls_leaves_the_graph(captured):
@@ -178,7 +178,7 @@ def _refused(model, x, captured, options=None, grad=False):
         actual = torch.compile(model, backend="fp6", options=options)(x)
     torch.testing.assert_close(actual, expected)
     (linear,) = fp6_compile.last_report().linears
-    assert not linear.taken
+    assert not linear.quantized
     assert linear.bytes_after == linear.bytes_before
     assert not any("fp6" in target for target in captured.targets())
     return linear.reason
@@ -196,7 +196,7 @@ def test_refused_float32_unless_asked(captured):
     with torch.no_grad():
         actual = torch.compile(model, backend="fp6", options={"float32": True})(x)
         close(actual, dequantized_(model, ["weight"])(x), roundings=32)
-    assert fp6_compile.last_report().linears[0].taken
+    assert fp6_compile.last_report().linears[0].quantized
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32])

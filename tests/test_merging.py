@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fp6_compile
-from fp6_compile import graph, weights
+from fp6_compile.backend import graph, weights
 from tests.support import SwiGLU, close, dequantized_, without_codegen
 
 DIM = 256
@@ -292,7 +292,7 @@ def test_not_finite_one_is_refused_by_itself(captured):
     model.heads[1].weight[0, 0] = float("inf")
     torch.compile(model, backend="fp6")(x)
     linears = fp6_compile.last_report().linears
-    assert [linear.taken for linear in linears] == [True, False, True]
+    assert [linear.quantized for linear in linears] == [True, False, True]
     assert linears[1].reason == "fp6: cannot quantize heads.1: weight: 1 of 32768 values are NaN or infinite"
 
 

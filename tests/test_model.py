@@ -71,7 +71,7 @@ def test_takes_plain_linears_and_says_why_not_the_others():
 def test_report_has_true_bytes():
     model = _tower()
     report = quantize_(model, format="e2m3", group_size=64)
-    (line,) = report.taken
+    (line,) = report.quantized
     assert (line.shape, line.bytes_before) == ((256, 256), 2 * 256 * 256)
     assert line.bytes_after == 256 * 256 * 6 // 8 + 4 * 4 * 256 == model.first.weight.packed_bytes
     assert "1 of 5 linears in e2m3" in report.summary()
@@ -80,7 +80,7 @@ def test_report_has_true_bytes():
 def test_options_are_the_backends():
     model = _tower()
     report = quantize_(model, format="e2m3", group_size=32, scale="mse", skip=["fir*", "x"], min_features=4)
-    assert [line.name for line in report.taken] == ["gate"]
+    assert [line.name for line in report.quantized] == ["gate"]
     assert {line.name: line.reason for line in report.linears}["first"] == "skipped by 'fir*'"
     expected = PackedTensor.quantize(_tower().gate.weight, "e2m3", 32, "mse")
     assert torch.equal(model.gate.weight, expected)
@@ -92,13 +92,13 @@ def test_second_time_changes_nothing():
     weight = model.first.weight
     report = quantize_(model)
     assert model.first.weight is weight
-    assert [(line.name, line.note) for line in report.taken] == [("first", "packed already")]
+    assert [(line.name, line.note) for line in report.quantized] == [("first", "packed already")]
 
 
 def test_float32_is_asked_for():
     model = _tower(torch.float32)
-    assert not quantize_(model).taken
-    assert [line.name for line in quantize_(model, float32=True).taken] == ["first"]
+    assert not quantize_(model).quantized
+    assert [line.name for line in quantize_(model, float32=True).quantized] == ["first"]
     assert model.first.weight.dtype == torch.float32
 
 
@@ -284,7 +284,7 @@ def test_an_encoder_layer_runs_packed():
     layer = nn.TransformerEncoderLayer(256, 4, 256, batch_first=True).half().eval()
     x = torch.randn(2, 3, 256).half()
     expected = dequantized_(copy.deepcopy(layer), ["linear1.weight", "linear2.weight", "self_attn.out_proj.weight"])
-    assert [line.name for line in quantize_(layer).taken] == ["self_attn.out_proj", "linear1", "linear2"]
+    assert [line.name for line in quantize_(layer).quantized] == ["self_attn.out_proj", "linear1", "linear2"]
     with torch.inference_mode():
         close(layer(x), expected(x))
 
@@ -322,7 +322,7 @@ def test_formats_are_mixed_to_a_target_size():
     broken = build()
     broken[3].weight.data[0, 0] = torch.nan
     report = quantize_(broken, format="auto", target_bits=5.7)
-    assert [line.taken for line in report.linears] == [True, True, True, False, True, True]
+    assert [line.quantized for line in report.linears] == [True, True, True, False, True, True]
     given = build()
     for how, message in (
         ({"target_bits": 5}, r"target_bits: got 5 with format='.*', needs format='auto'"),

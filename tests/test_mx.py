@@ -8,8 +8,8 @@ from torch import nn
 
 import fp6_compile
 from fp6_compile import PackedTensor, empty_parameters, load_mx
+from fp6_compile.checkpoint.mx import e8m0, packed_tensor, unpack_codes
 from fp6_compile.formats import FORMATS
-from fp6_compile.mx import e8m0, packed_tensor, unpack_codes
 from tests.support import SIX_BITS
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
@@ -95,7 +95,7 @@ def test_import_is_exact(tmp_path):
     tensors, values = _checkpoint(tmp_path)
     model = _model()
     report = load_mx(model, tmp_path)
-    assert {line.name: line.shape for line in report.taken} == {"0": (128, 256), "2": (64, 128)}
+    assert {line.name: line.shape for line in report.quantized} == {"0": (128, 256), "2": (64, 128)}
     for name, value in values.items():
         weight = model.get_parameter(name)
         assert isinstance(weight, PackedTensor)

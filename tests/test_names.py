@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import fp6_compile
-from fp6_compile.backend import fp6
+from fp6_compile.backend.compile import fp6
 from fp6_compile.report import forget_reports
 
 N = 128

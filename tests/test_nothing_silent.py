@@ -80,7 +80,7 @@ def test_cross_attention_keeps_its_common_weight_with_a_reason(captured):
     with torch.no_grad():
         torch.compile(model, backend="fp6")(x, y, y)
         lines = _lines()
-        assert lines["out_proj"].taken
+        assert lines["out_proj"].quantized
         assert lines["in_proj_weight"].reason.startswith("multiplied only through ")
         torch._dynamo.reset()
         with pytest.raises(Exception, match="fp6: strict: cannot take in_proj_weight: multiplied only through"):

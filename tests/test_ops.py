@@ -6,7 +6,7 @@ from torch.library import opcheck
 
 from fp6_compile import ops
 from fp6_compile.formats import FORMATS
-from fp6_compile.packing import LAYOUTS, PLANES, pack
+from fp6_compile.layouts.packing import LAYOUTS, PLANES, pack
 from fp6_compile.quantize import dequantize, quantize
 from tests.support import SIX_BITS
 

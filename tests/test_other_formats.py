@@ -9,15 +9,15 @@ import fp6_compile
 from benchmarks import sass
 from benchmarks.cases import WIDE, Case
 from fp6_compile import ops
-from fp6_compile.checkpoint import load, save
+from fp6_compile.checkpoint.save_load import load, save
 from fp6_compile.cli import main
 from fp6_compile.config import Options
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels.cpu.build import load as cpp
-from fp6_compile.model import quantize_
-from fp6_compile.packing import PLANES, pack
+from fp6_compile.layouts.packing import PLANES, pack
+from fp6_compile.packed.quantize_model import quantize_
+from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.quantize import choose_format, dequantize, quantize, squared_error
-from fp6_compile.tensor import PackedTensor
 from tests.deviceless.codegen import generate_modules
 from tests.support import SwiGLU, close, dequantized_, without_codegen
 from tests.test_gpu_codegen import _check, _interpret, _reference
@@ -173,7 +173,7 @@ def test_checkpoints_and_slices(name, tmp_path, capsys):
     assert torch.equal(other(x), model(x))
     weight = other[0].weight
     assert torch.equal(weight[32:77].dequantize(), weight.dequantize()[32:77])
-    for layout in ("slabs_fp16.v1", "slabs_bf16.v1"):
+    for layout in ("gpu_tiles_fp16.v1", "gpu_tiles_bf16.v1"):
         assert torch.equal(weight.repack(layout).repack(PLANES), weight)
     assert main(["inspect", str(tmp_path)]) == 0
     assert name in capsys.readouterr().out

@@ -5,17 +5,8 @@ import torch
 from torch.testing import assert_close
 
 from fp6_compile.formats import FORMATS
-from fp6_compile.packing import (
-    CPU,
-    LAYOUTS,
-    PLANES,
-    inputs_held,
-    layout_for,
-    pack,
-    rows_per_index,
-    unpack,
-)
-from fp6_compile.slabs import BLOCK_K, LANES, SLABS, float_mask
+from fp6_compile.layouts.gpu_tiles import BLOCK_K, GPU_LAYOUTS, LANES, float_mask
+from fp6_compile.layouts.packing import CPU, LAYOUTS, PLANES, inputs_held, layout_for, pack, rows_per_index, unpack
 from tests.support import SIX_BITS
 
 SHAPES = [(1, 1), (16, 256), (17, 257), (48, 512), (5, 1023)]
@@ -43,8 +34,8 @@ def test_six_bits_a_weight(layout):
     assert w4.shape[0] == w2.shape[0] == 32 // rows_per_index(layout)
 
 
-@pytest.mark.parametrize("layout", SLABS.values())
-def test_slabs_pack_inverts_unpack(layout):
+@pytest.mark.parametrize("layout", GPU_LAYOUTS.values())
+def test_gpu_tiles_pack_inverts_unpack(layout):
     """Any words are the packing of some codes: no bit of a word is unused, none is read twice."""
     generator = torch.Generator().manual_seed(0)
     w4 = torch.randint(-(2**15), 2**15, (2, 3, 2, 16, 32), dtype=torch.int16, generator=generator)
@@ -93,15 +84,15 @@ def test_layout_for():
     six, eight = FORMATS["e3m2"], FORMATS["e4m3"]
     assert layout_for(torch.device("cpu"), torch.float16, six) == CPU
     assert layout_for(torch.device("cpu"), torch.float16, eight) == PLANES
-    assert layout_for(torch.device("cuda"), torch.bfloat16, six) == "slabs_bf16.v1"
-    assert layout_for(torch.device("cuda"), torch.float32, eight) == "slabs_fp16.v1"
+    assert layout_for(torch.device("cuda"), torch.bfloat16, six) == "gpu_tiles_bf16.v1"
+    assert layout_for(torch.device("cuda"), torch.float32, eight) == "gpu_tiles_fp16.v1"
 
 
 @pytest.mark.parametrize("fmt", [fmt for fmt in FORMATS.values() if fmt not in SIX_BITS.values()], ids=str)
 def test_every_other_format(fmt):
     """Exact inverses, and as many bits a weight as the format has, in every layout that holds it."""
     codes = torch.randint(0, 2**fmt.bits, (17, 520), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    for layout in (PLANES, *SLABS.values()):
+    for layout in (PLANES, *GPU_LAYOUTS.values()):
         planes = pack(codes, fmt, layout)
         assert_close(unpack(planes, fmt, layout, 17, 520), codes, rtol=0, atol=0)
         n, k = (17, 520) if layout == PLANES else (32, 768)

@@ -7,7 +7,7 @@ from torch import nn
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fp6_compile.passes import FP6Pass
+from fp6_compile.backend.passes import FP6Pass
 from tests.support import Captured, close, dequantized_, without_codegen
 
 

@@ -34,7 +34,7 @@ def _compile(**options):
 def test_report(captured):
     assert fp6_compile.last_report() is None
     report = _compile(skip=["head"])
-    assert [(linear.name, linear.taken, linear.shape) for linear in report.linears] == [
+    assert [(linear.name, linear.quantized, linear.shape) for linear in report.linears] == [
         ("body.0", True, (512, 256)),
         ("head", False, (1024, 512)),
         ("gate", False, (4, 512)),
@@ -52,10 +52,10 @@ def test_report(captured):
 def test_text(captured):
     text = str(_compile(skip=["head"]))
     assert text == (
-        "fp6: 1 of 3 linears in e2m3, 2 left alone (1: skipped by 'head'), weights 1.31 MB -> 1.15 MB\n"
+        "fp6: 1 of 3 linears in e2m3, 2 skipped (1: skipped by 'head'), weights 1.31 MB -> 1.15 MB\n"
         "  fp6   body.0        512x256  262 KB -> 100 KB\n"
-        "  left  head         1024x512  skipped by 'head'\n"
-        "  left  gate            4x512  fewer than 128 inputs or outputs (min_features)"
+        "  skip  head         1024x512  skipped by 'head'\n"
+        "  skip  gate            4x512  fewer than 128 inputs or outputs (min_features)"
     )
 
 
@@ -74,7 +74,7 @@ def test_summary_is_logged_at_info(captured, caplog):
         _compile()
     records = [record for record in caplog.records if record.name == "fp6_compile"]
     assert [record.levelname for record in records] == ["INFO"]
-    assert records[0].message.startswith("fp6: 2 of 3 linears in e2m3, 1 left alone")
+    assert records[0].message.startswith("fp6: 2 of 3 linears in e2m3, 1 skipped")
 
 
 def test_nothing_taken_is_a_warning(captured, caplog):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fp6_compile import PackedTensor, calibrate_, empty_parameters, quantize_
-from fp6_compile.scaled import stored
+from fp6_compile.storage.scaled import stored
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
 
@@ -80,7 +80,7 @@ def test_weights_are_products_with_their_scales(what, tmp_path):
     plain, packed = _model(), _model()
     quantize_(plain, source=tmp_path, skip=["*"])
     torch.testing.assert_close(plain.weight.detach(), expected.half(), rtol=0, atol=0)
-    assert quantize_(packed, source=tmp_path).taken
+    assert quantize_(packed, source=tmp_path).quantized
     assert torch.equal(packed.weight, PackedTensor.quantize(expected, dtype=torch.float16))
 
 

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fp6_compile import backend, planes
+from fp6_compile.backend import compile as backend
+from fp6_compile.backend import planes
 from fp6_compile.formats import FORMATS
-from fp6_compile.kernels import device, selftest
-from fp6_compile.packing import slab_layout, unpack
+from fp6_compile.kernels.selection import choices as device
+from fp6_compile.kernels.selection import selftest
+from fp6_compile.layouts.packing import gpu_layout, unpack
 
 E3M2, F16 = FORMATS["e3m2"], torch.float16
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -17,7 +19,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 @pytest.fixture
 def kernel(monkeypatch, tmp_path):
-    """A stand-in for the kernel on a pretended device, which counts its runs; `kernel.off_by` spoils one output."""
+    """A stand-in for the kernel on a fake device, which counts its runs; `kernel.off_by` spoils one output."""
 
     class Kernel:
         runs = 0
@@ -25,14 +27,14 @@ def kernel(monkeypatch, tmp_path):
 
         def __call__(self, config, x, planes, scale, fmt, group_size):
             self.runs += 1
-            codes = unpack(planes, fmt, slab_layout(x.dtype), scale.shape[1], x.shape[1])
+            codes = unpack(planes, fmt, gpu_layout(x.dtype), scale.shape[1], x.shape[1])
             product = x.double() @ fmt.decode(codes).double().T
             product[3, 5] += self.off_by * (self.runs % selftest._REPETITIONS == 0)  # a race: seldom
             return product.to(x.dtype)
 
     kernel = Kernel()
     monkeypatch.setattr(selftest, "run", kernel)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a pretended Hopper")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a fake Hopper")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     selftest.passes.cache_clear()
     yield kernel
@@ -55,7 +57,7 @@ def test_it_passes_once_and_is_remembered(kernel, group_size):
 def test_one_wrong_sum_in_many_runs_is_found_and_remembered(kernel, caplog):
     kernel.off_by = 1.0
     assert not selftest.passes(CPU, F16, E3M2, None)
-    assert "wgmma gave wrong sums on a pretended Hopper" in caplog.text
+    assert "wgmma gave wrong sums on a fake Hopper" in caplog.text
     kernel.off_by = 0.0
     selftest.passes.cache_clear()
     assert not selftest.passes(CPU, F16, E3M2, None)
@@ -93,7 +95,7 @@ def test_the_verdict_is_part_of_the_cache_key(monkeypatch):
     hopper = dataclasses.replace(device.describe(CPU), arch="sm_90")
     monkeypatch.setattr(device, "describe", lambda _: hopper)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    spec = planes.PackSpec("e3m2", None, "absmax", slab_layout(F16), False, CUDA)
+    spec = planes.PackSpec("e3m2", None, "absmax", gpu_layout(F16), False, CUDA)
     keys = []
     for verdict in (True, False):
         monkeypatch.setattr(selftest, "passes", lambda *problem, verdict=verdict: verdict)

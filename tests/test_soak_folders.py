@@ -19,8 +19,9 @@ import torch
 from torch import nn
 
 import fp6_compile
-from fp6_compile import CheckpointError, PackedTensor, manifest
-from fp6_compile.lowrank import LowRankLinear, grow
+from fp6_compile import CheckpointError, PackedTensor
+from fp6_compile.checkpoint import manifest
+from fp6_compile.packed.low_rank import LowRankLinear, grow
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
 

@@ -1,4 +1,4 @@
-"""K split among programs, slabs joined into dots, and the way through the vendor's matmul: interpreted."""
+"""K split among programs, chunks joined into dots, and the way through ATen's matmul: interpreted."""
 
 import dataclasses
 import functools
@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from fp6_compile.kernels import config, launch, run
-from fp6_compile.kernels.config import Config, Device, candidates, config_for
-from fp6_compile.kernels.dequantize import dequantize
-from fp6_compile.packing import pack, slab_layout
+from fp6_compile.kernels.selection import launch
+from fp6_compile.kernels.triton import config, run
+from fp6_compile.kernels.triton.config import Config, Device, candidates, config_for
+from fp6_compile.kernels.triton.dequantize import dequantize
+from fp6_compile.layouts.packing import gpu_layout, pack
 from fp6_compile.quantize import dequantize as dequantize_reference
 from tests.deviceless.pool import interpreted
 from tests.support import SIX_BITS
@@ -52,7 +53,7 @@ def twice(tile, *args):
 def test_split_is_deterministic_and_leaves_no_trace():
     """The second launch finds the locks as the first did; else it would store nothing, or too early."""
     codes, scale = weight(40, 1024, None)
-    layout = slab_layout(F16)
+    layout = gpu_layout(F16)
     planes = pack(codes, E3M2, layout)
     tile = dataclasses.replace(TILE, SPLIT_K=4)
     products, locks = interpreted(twice, tile, activations(5, 1024, F16), planes, scale, E3M2, None)
@@ -72,7 +73,7 @@ JOINED = [
 
 
 @pytest.mark.parametrize(("tile", "m", "n", "k", "group", "fmt", "dtype"), JOINED, ids=show)
-def test_joined_slabs(tile, m, n, k, group, fmt, dtype):
+def test_joined_chunks(tile, m, n, k, group, fmt, dtype):
     check_one_hot(interpret(tile), "cpu", m, n, k, group, fmt, dtype)
     check_gemm(interpret(tile), activations(m, k, dtype), n, group, fmt)
 
@@ -82,23 +83,23 @@ def test_joined_slabs(tile, m, n, k, group, fmt, dtype):
 @pytest.mark.parametrize("fmt", SIX_BITS.values(), ids=SIX_BITS)
 def test_dequantize_kernel(fmt, dtype, group):
     codes, scale = weight(40, 400, group)
-    planes = pack(codes, fmt, slab_layout(dtype))
+    planes = pack(codes, fmt, gpu_layout(dtype))
     actual = interpreted(dequantize, planes, scale, fmt, group, 400, dtype)
     assert_close(actual, dequantize_reference(codes, scale, fmt, group, dtype), rtol=0, atol=0)
 
 
-def vendor_in_pieces(*args):
+def aten_in_pieces(*args):
     launch._SCRATCH = 300 * 16 * 2  # two tiles of rows at a time
-    return launch.vendor_mm(*args)
+    return launch.aten_mm(*args)
 
 
 @pytest.mark.parametrize("group", [None, 64])
-def test_vendor_in_pieces(group):
+def test_aten_in_pieces(group):
     """Each weight is rounded to float16 once; with one-hot inputs nothing else is, so the pieces are in their places."""
-    check_one_hot(functools.partial(interpreted, vendor_in_pieces), "cpu", 70, 90, 300, group, E2M3, F16)
+    check_one_hot(functools.partial(interpreted, aten_in_pieces), "cpu", 70, 90, 300, group, E2M3, F16)
 
 
-def test_many_rows_take_the_vendor_s_matmul():
+def test_many_rows_take_the_aten_s_matmul():
     x = activations(300, 256, F16)
     assert config_for(300, 40, 256, None, F16) is None
     check_gemm(functools.partial(interpreted, launch.mm), x, 40, None, E3M2)
@@ -145,7 +146,7 @@ def test_small_weights_fill_the_device(n, k, m):
     assert 0.9 * 132 <= programs <= 4 * 132
 
 
-def test_vendor_s_matmul_is_timed_against_the_kernel():
+def test_aten_s_matmul_is_timed_against_the_kernel():
     hopper = Device("sm_90", 132, wgmma=True)
     assert None not in candidates(64, 4096, 4096, None, F16, hopper)
     assert candidates(128, 4096, 4096, None, F16, hopper).index(None) == 1

@@ -1,4 +1,4 @@
-"""Split K, the vendor's matmul and autotuning in the code that Inductor generates, read and run without a GPU."""
+"""Split K, ATen's matmul and autotuning in the code that Inductor generates, read and run without a GPU."""
 
 import re
 
@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import FileCheck
 
+from fp6_compile.explanation.launches import launches
 from fp6_compile.formats import FORMATS
-from fp6_compile.kernels import selftest
-from fp6_compile.launches import launches
+from fp6_compile.kernels.selection import selftest
 from fp6_compile.lowerings import mm as lowering
 from fp6_compile.quantize import dequantize, quantize
 from tests.deviceless.codegen import generate_modules
@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 @pytest.fixture(autouse=True)
 def wgmma(monkeypatch):
-    """The self-test's answer: it cannot run on a device that is only pretended."""
+    """The self-test's answer: it cannot run on a device that is only fake."""
     monkeypatch.setattr(selftest, "passes", lambda *problem: False)
 
 
@@ -110,7 +110,7 @@ def linear(m: int, n: int = 1024, k: int = 1024) -> tuple[nn.Module, torch.Tenso
     return nn.Linear(k, n, bias=False).half().requires_grad_(False), torch.randn(m, k).half()
 
 
-def test_many_rows_are_left_to_the_vendor_s_matmul():
+def test_many_rows_are_left_to_the_aten_s_matmul():
     model, x = linear(2048)
     (module,) = generate_modules(model, [x], backend="fp6", dynamic=False)
     FileCheck().check("torch.ops.fp6.mm.default(").run(module.code)
@@ -149,9 +149,9 @@ def test_one_row_is_not_decomposed_by_max_autotune(make, dtype):
     _check(actual, x.double() @ weight.T, dtype)
 
 
-@pytest.mark.parametrize(("m", "vendor"), [(1, False), (100, True), (2048, True)])
-def test_choices_that_are_timed(monkeypatch, m, vendor):
-    """At most six, all on the same inputs, the vendor's matmul among them where there are many rows."""
+@pytest.mark.parametrize(("m", "aten"), [(1, False), (100, True), (2048, True)])
+def test_choices_that_are_timed(monkeypatch, m, aten):
+    """At most six, all on the same inputs, ATen's matmul among them where there are many rows."""
     seen = []
     best = lowering._best
     monkeypatch.setattr(lowering, "_best", lambda choices, *rest: seen.append(choices) or best(choices, *rest))
@@ -160,5 +160,5 @@ def test_choices_that_are_timed(monkeypatch, m, vendor):
     (choices,) = seen
     assert 2 <= len(choices) <= 6
     names = [choice.name for choice in choices]
-    assert any("vendor" in name for name in names) == vendor
+    assert any("aten" in name for name in names) == aten
     assert len({len(choice.input_nodes) for choice in choices}) == 1

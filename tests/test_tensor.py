@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 import fp6_compile
 from fp6_compile import PackedTensor
 from fp6_compile.formats import FORMATS
-from fp6_compile.packing import CPU, LAYOUTS, PLANES, layout_for
+from fp6_compile.layouts.packing import CPU, LAYOUTS, PLANES, layout_for
 from fp6_compile.quantize import dequantize, quantize
 from tests.support import SIX_BITS, close
 
@@ -32,7 +32,7 @@ VERSIONS_OF_A_COPY = {
     "clone": torch.clone,
     "detach": torch.detach,
     "to itself and back": lambda w: w.bfloat16().float().half(),
-    "layouts": lambda w: w.repack(PLANES).repack("slabs_fp16.v1").repack(CPU),
+    "layouts": lambda w: w.repack(PLANES).repack("gpu_tiles_fp16.v1").repack(CPU),
 }
 
 
@@ -303,7 +303,7 @@ def test_backend_reports_it_as_packed_already(captured):
         ("2", "packed already"),
         ("3", None),
     ]
-    assert len(report.taken) == 3
+    assert len(report.quantized) == 3
     assert captured.targets().count("fp6.mm") == 3
 
 

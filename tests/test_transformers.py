@@ -74,7 +74,7 @@ def _run(function, tokens):
 
 def _names(model, report):
     """Parameter names of the linears that were taken; Conv1D's are transposed; a tied head is its embedding."""
-    for linear in report.taken:
+    for linear in report.quantized:
         module = model.get_submodule(linear.name)
         mark = "^T" if type(module).__name__ == "Conv1D" else ""
         yield f"{linear.name}.weight{mark}"
@@ -88,12 +88,12 @@ def test_every_eligible_linear_is_taken(name, captured):
     tokens = torch.randint(0, VOCABULARY, (2, 8))
     actual, breaks = _run(torch.compile(model, backend="fp6"), tokens)
     report = fp6_compile.last_report()
-    assert (len(report.linears), len(report.taken)) == (linears, taken), str(report)
+    assert (len(report.linears), len(report.quantized)) == (linears, taken), str(report)
     assert (counters["fp6"]["mm"], counters["fp6"]["merged"]) == (taken, merged)
     assert captured.targets().count("fp6.mm") == taken - merged
     assert all(
         linear.reason in ("a 3-D weight", "fewer than 128 inputs or outputs (min_features)")
-        for linear in report.refused
+        for linear in report.skipped
     )
     torch._dynamo.reset()
     _, eager_breaks = _run(torch.compile(model, backend="eager"), tokens)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from fp6_compile import PackedTensor, quantize_
-from fp6_compile.packing import CPU, LAYOUTS
+from fp6_compile.layouts.packing import CPU, LAYOUTS
 
 N, K = 48, 128
 
@@ -168,7 +168,7 @@ def test_dynamo_leaves_the_operators_kernels_alone():
     _same(_tangent(compiled, x, x), _tangent(plain, x, x))
 
 
-def test_slab_layouts_have_derivatives_too():
+def test_gpu_layouts_have_derivatives_too():
     packed, plain = _linears()
     for layout in set(LAYOUTS) - {CPU}:
         linear = functools.partial(F.linear, weight=packed.weight.repack(layout))

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from fp6_compile.formats import FORMATS
-from fp6_compile.kernels import device, selftest, tuned
-from fp6_compile.kernels.config import Config, Device, candidates
+from fp6_compile.kernels.selection import choices as device
+from fp6_compile.kernels.selection import selftest, tuned
+from fp6_compile.kernels.triton.config import Config, Device, candidates
 
 F16, BF16, E3M2 = torch.float16, torch.bfloat16, FORMATS["e3m2"]
-NAME, CUDA = "A pretended GPU", torch.device("cuda", 0)
+NAME, CUDA = "A fake GPU", torch.device("cuda", 0)
 TILE = {"BLOCK_N": 32, "BLOCK_M": 8, "num_warps": 2, "num_stages": 4, "SPLIT_K": 2, "JOIN": 1}
 WGMMA = {**TILE, "BLOCK_N": 128, "BLOCK_M": 64, "num_warps": 8, "JOIN": 4}
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fp6_compile
-from fp6_compile import weights
+from fp6_compile.backend import weights
 from tests.support import close, dequantized_
 
 K, N = 256, 128

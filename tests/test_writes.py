@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fp6_compile import PackedTensor
-from fp6_compile.packing import PLANES
+from fp6_compile.layouts.packing import PLANES
 
 N, K = 128, 128
 

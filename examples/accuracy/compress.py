@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from examples.accuracy.metrics import sqnr
 from examples.accuracy.settings import FORMATS, MIXED, Setting
-from fp6_compile.algorithms import Algorithm, Needs, Quantized, Statistics
-from fp6_compile.algorithms.budget import choose_formats
 from fp6_compile.calibration import calibrate_
+from fp6_compile.calibration.algorithms import Algorithm, Needs, Quantized, Statistics
+from fp6_compile.packed.budget import choose_formats
 from fp6_compile.quantize import Grid
 
 

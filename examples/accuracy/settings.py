@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fp6_compile.algorithms import (
+from fp6_compile.calibration.algorithms import (
     GPTQ,
     RTN,
     Algorithm,

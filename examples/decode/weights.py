@@ -18,7 +18,7 @@ from examples.code_lm.model import ModelConfig, RMSNorm
 from examples.decode.llama import Llama
 from fp6_compile import PackedTensor
 from fp6_compile.formats import DEFAULT, get_format
-from fp6_compile.packing import PLANES, pack
+from fp6_compile.layouts.packing import PLANES, pack
 
 # Weights by what holds them; bits of a weight, scales left out.
 KINDS = {"float": 16, "fp6": 6, "int8": 8, "int4": 4}

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fp6_compile.algorithms import Needs, Statistics
-from fp6_compile.places import Place
+from fp6_compile.calibration.algorithms import Needs, Statistics
+from fp6_compile.packed.slots import Slot
 
 
 @dataclass
@@ -32,20 +32,20 @@ class Collector:
     of them. So do linears that share a weight.
     """
 
-    def __init__(self, places: list[Place], needs: Needs) -> None:
+    def __init__(self, slots: list[Slot], needs: Needs) -> None:
         self.needs = needs
         self._norms: dict[nn.Module, Tensor] = {}
         self._of: dict[int, Shared] = {}
-        self._linears = [(place, m) for place in places for m, name in place.owners if name == "weight"]
+        self._linears = [(slot, m) for slot in slots for m, name in slot.owners if name == "weight"]
 
-    def __getitem__(self, place: Place) -> Statistics | None:
+    def __getitem__(self, slot: Slot) -> Statistics | None:
         """None for a linear that was never called, or called with nothing but NaN."""
-        shared = self._of.get(id(place))
+        shared = self._of.get(id(slot))
         return shared.stats if shared is not None and shared.stats.count else None
 
-    def left_out(self, place: Place) -> int:
+    def left_out(self, slot: Slot) -> int:
         """Tokens that were left out, for NaN or infinite values."""
-        shared = self._of.get(id(place))
+        shared = self._of.get(id(slot))
         return shared.stats.left_out if shared is not None else 0
 
     def behind_norms(self) -> list[tuple[nn.Module, list[nn.Module], Shared]]:
@@ -57,7 +57,7 @@ class Collector:
     def hooks(self, modules: Iterable[nn.Module] = ()) -> Iterator[None]:
         """While open, what the linears are called with is added; norms among `modules` are recognized as their inputs."""
         handles: list[RemovableHandle] = [
-            module.register_forward_pre_hook(self._hook(place), with_kwargs=True) for place, module in self._linears
+            module.register_forward_pre_hook(self._hook(slot), with_kwargs=True) for slot, module in self._linears
         ]
         handles += [module.register_forward_hook(self._note_norm) for module in modules if _is_norm(module)]
         try:
@@ -69,11 +69,11 @@ class Collector:
             for shared in self._of.values():
                 shared.latest = None
 
-    def _hook(self, place: Place) -> Any:
+    def _hook(self, slot: Slot) -> Any:
         def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else kwargs["input"]
-            shared = self._of.get(id(place)) or self._first(x)
-            self._of[id(place)] = shared
+            shared = self._of.get(id(slot)) or self._first(x)
+            self._of[id(slot)] = shared
             if module not in shared.linears:
                 shared.linears.append(module)
             if shared.latest is not x:

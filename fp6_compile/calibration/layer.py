@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fp6_compile.algorithms import Algorithm, Quantized
+from fp6_compile.calibration.algorithms import Algorithm, Quantized
 from fp6_compile.calibration.collect import Collector
 from fp6_compile.formats import FORMATS
-from fp6_compile.lowrank import FACTORS, grow
-from fp6_compile.places import Place
+from fp6_compile.packed.low_rank import FACTORS, grow
+from fp6_compile.packed.slots import Slot
+from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.quantize import Grid
 from fp6_compile.report import LinearReport
-from fp6_compile.tensor import PackedTensor
 
 
 def quantize_linear(
-    place: Place,
+    slot: Slot,
     refusal: tuple[str, bool] | None,
     algorithm: Algorithm,
     grid: Grid,
@@ -24,25 +24,25 @@ def quantize_linear(
     collector: Collector | None,
 ) -> tuple[LinearReport, dict[str, Tensor]]:
     """Quantize the weight, if it is to be: its line of the report, and the new parameters by name."""
-    tensor = place.tensor
-    about = place.title, tuple(tensor.shape), tensor.dtype, tensor.nbytes
+    tensor = slot.tensor
+    about = slot.title, tuple(tensor.shape), tensor.dtype, tensor.nbytes
     if isinstance(tensor, PackedTensor):
         return LinearReport(*about, tensor.packed_bytes, note="packed already", format=tensor.spec.format), {}
     if refusal:
         return LinearReport(*about, tensor.nbytes, refusal[0]), {}
     try:
-        stats = None if collector is None else collector[place]
+        stats = None if collector is None else collector[slot]
         found = algorithm(tensor.detach(), grid, group_size, stats)
     except ValueError as error:
         return LinearReport(*about, tensor.nbytes, str(error)), {}
-    place.put(_weight(found, tensor.dtype))
-    line = LinearReport(*about, found.bytes, note=_note(place, collector), format=found.grid.name)
-    return line, {place.names[0]: place.tensor, **_add_extras(place, found)}
+    slot.put(_weight(found, tensor.dtype))
+    line = LinearReport(*about, found.bytes, note=_note(slot, collector), format=found.grid.name)
+    return line, {slot.names[0]: slot.tensor, **_add_extras(slot, found)}
 
 
-def restore(model: nn.Module, part: list[Place], tensors: dict[str, Tensor]) -> None:
+def restore(model: nn.Module, part: list[Slot], tensors: dict[str, Tensor]) -> None:
     """Put parameters that `quantize_linear` returned, once, into the model."""
-    known = {place.names[0]: place for place in part}
+    known = {slot.names[0]: slot for slot in part}
     for name, tensor in tensors.items():
         prefix, _, attribute = name.rpartition(".")
         if name in known:
@@ -59,25 +59,25 @@ def _weight(found: Quantized, dtype: torch.dtype) -> Tensor:
     return PackedTensor.from_codes(found.codes, found.scale, name, found.group_size, dtype)
 
 
-def _add_extras(place: Place, found: Quantized) -> dict[str, Tensor]:
+def _add_extras(slot: Slot, found: Quantized) -> dict[str, Tensor]:
     """Give every linear that has the weight its factors and its bias."""
     added: dict[str, Tensor] = {}
-    for name, (module, _) in zip(place.names, place.owners, strict=True):
+    for name, (module, _) in zip(slot.names, slot.owners, strict=True):
         extras = dict(zip(FACTORS, found.low_rank or (), strict=False))
         if found.shift is not None:
             bias = getattr(module, "bias", None)
-            extras["bias"] = (found.shift if bias is None else bias.float() + found.shift).to(place.tensor.dtype)
+            extras["bias"] = (found.shift if bias is None else bias.float() + found.shift).to(slot.tensor.dtype)
         for attribute, value in extras.items():
             grow(module, attribute, value)
             added[name.removesuffix("weight") + attribute] = getattr(module, attribute)
     return added
 
 
-def _note(place: Place, collector: Collector | None) -> str | None:
+def _note(slot: Slot, collector: Collector | None) -> str | None:
     if collector is None:
         return None
-    lost = collector.left_out(place)
-    if collector[place] is None:
+    lost = collector.left_out(slot)
+    if collector[slot] is None:
         why = "all its inputs are NaN or infinite" if lost else "never called"
         return f"{why}: quantized without data"
     return f"tokens with NaN or infinite values, left out: {lost}" if lost else None

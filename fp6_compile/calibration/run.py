@@ -16,20 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp6_compile.algorithms import RTN, Algorithm, Needs, Search
+from fp6_compile.calibration.algorithms import RTN, Algorithm, Needs, Search
 from fp6_compile.calibration.chain import Chain, find_blocks, quiet
 from fp6_compile.calibration.collect import Collector
 from fp6_compile.calibration.layer import quantize_linear, restore
 from fp6_compile.calibration.smooth import equalize_
 from fp6_compile.calibration.state import Done, State, digest, text_digest
-from fp6_compile.config import Options
+from fp6_compile.config import Options, names_in, warn_of_unmatched
 from fp6_compile.formats import AUTO, DEFAULT, FORMATS, get_format
-from fp6_compile.model import Values, is_weight, keep, refusal
-from fp6_compile.names import names_in, warn_of_unmatched
-from fp6_compile.places import Place, places, usable
+from fp6_compile.packed.quantize_model import Values, is_weight, keep, refusal
+from fp6_compile.packed.slots import Slot, slots, usable
+from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.quantize import Grid
 from fp6_compile.report import LinearReport, Report, log_report, progress
-from fp6_compile.tensor import PackedTensor
 
 
 def calibrate_(
@@ -92,7 +91,7 @@ def calibrate_(
             run.without_data(found)
         else:
             run.with_data(found, inputs, resume)
-    lines = tuple(run.lines[place.names[0]] for place in run.places if place.names[0] in run.lines)
+    lines = tuple(run.lines[slot.names[0]] for slot in run.slots if slot.names[0] in run.lines)
     report = Report(lines, grid.name if {line.format for line in lines} <= {grid.name, None} else "auto")
     log_report(report)
     return report
@@ -113,9 +112,9 @@ class _Run:
     ) -> None:
         self.model, self.algorithm, self.grid, self.options = model, algorithm, grid, options
         self.target = usable(device) or (torch.device("cpu") if source is not None else None)
-        self.places = places(model)
-        self.values = Values(self.places, source, self.target)
-        self.refusals = {id(p): refusal(p, options, self.target) for p in self.places if is_weight(p, options)}
+        self.slots = slots(model)
+        self.values = Values(self.slots, source, self.target)
+        self.refusals = {id(p): refusal(p, options, self.target) for p in self.slots if is_weight(p, options)}
         self.equalize = equalize
         self.lines: dict[str, LinearReport] = {}
 
@@ -128,17 +127,17 @@ class _Run:
     def with_data(self, blocks: list[nn.Module], inputs: Iterable[Any], resume: str | os.PathLike[str] | None) -> None:
         """Quantize the blocks, one by one, and then the rest."""
         parts, rest = self._split(blocks)
-        for place in rest + (parts[0] if parts else []):
-            self._fetch(place)
+        for slot in rest + (parts[0] if parts else []):
+            self._fetch(slot)
         chain = Chain(self.model, blocks, inputs)
         state = State(resume, self._about(chain) if resume is not None else {})
-        state.enter((place.names, self.values.of(place)) for place in rest)
+        state.enter((slot.names, self.values.of(slot)) for slot in rest)
         for index, part in enumerate(progress(parts, "fp6: calibrating")):
-            state.enter((place.names, self.values.of(place)) for place in part)
+            state.enter((slot.names, self.values.of(slot)) for slot in part)
             done = state.load(index)
-            for place in part:
-                if done is None or place.names[0] not in done.tensors:
-                    self._fetch(place)
+            for slot in part:
+                if done is None or slot.names[0] not in done.tensors:
+                    self._fetch(slot)
             if done is None:
                 collector = self._collector(part)
                 with collector.hooks(blocks[index].modules() if self.equalize is not None else ()):
@@ -165,35 +164,35 @@ class _Run:
             "inputs": digest((chain.inputs, chain.hidden)),
         }
 
-    def _split(self, blocks: list[nn.Module]) -> tuple[list[list[Place]], list[Place]]:
+    def _split(self, blocks: list[nn.Module]) -> tuple[list[list[Slot]], list[Slot]]:
         """The places of each block, and the rest; one that several share belongs to the first."""
         of = {id(module): index for index, block in reversed([*enumerate(blocks)]) for module in block.modules()}
-        parts: list[list[Place]] = [[] for _ in blocks]
-        rest: list[Place] = []
-        for place in self.places:
-            inside = [of[id(module)] for module, _ in place.owners if id(module) in of]
-            whole = len(inside) == len(place.owners)
-            (parts[min(inside)] if whole else rest).append(place)
+        parts: list[list[Slot]] = [[] for _ in blocks]
+        rest: list[Slot] = []
+        for slot in self.slots:
+            inside = [of[id(module)] for module, _ in slot.owners if id(module) in of]
+            whole = len(inside) == len(slot.owners)
+            (parts[min(inside)] if whole else rest).append(slot)
         return parts, rest
 
-    def _fetch(self, place: Place) -> None:
+    def _fetch(self, slot: Slot) -> None:
         """Bring the place's value to where it is to be."""
-        keep(place, self.values.of(place))
+        keep(slot, self.values.of(slot))
 
-    def _taken(self, place: Place) -> bool:
-        return self.refusals.get(id(place), ("",)) is None and not isinstance(place.tensor, PackedTensor)
+    def _taken(self, slot: Slot) -> bool:
+        return self.refusals.get(id(slot), ("",)) is None and not isinstance(slot.tensor, PackedTensor)
 
-    def _collector(self, part: list[Place]) -> Collector:
-        return Collector([place for place in part if self._taken(place)], self.algorithm.needs)
+    def _collector(self, part: list[Slot]) -> Collector:
+        return Collector([slot for slot in part if self._taken(slot)], self.algorithm.needs)
 
-    def _quantize(self, part: list[Place], collector: Collector | None) -> Done:
+    def _quantize(self, part: list[Slot], collector: Collector | None) -> Done:
         done = Done({}, {})
-        for place in part:
+        for slot in part:
             if collector is None:
-                self._fetch(place)
-            if id(place) in self.refusals:
+                self._fetch(slot)
+            if id(slot) in self.refusals:
                 how = self.algorithm, self.grid, self.options.group_size, collector
-                done.lines[place.names[0]], new = quantize_linear(place, self.refusals[id(place)], *how)
+                done.lines[slot.names[0]], new = quantize_linear(slot, self.refusals[id(slot)], *how)
                 done.tensors.update(new)
         self.lines |= done.lines
         _trim()

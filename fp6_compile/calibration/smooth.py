@@ -12,38 +12,38 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fp6_compile.algorithms.equalize import equalizing_factors, fold
+from fp6_compile.calibration.algorithms.equalize import equalizing_factors, fold
 from fp6_compile.calibration.chain import Chain
 from fp6_compile.calibration.collect import Collector
-from fp6_compile.places import Place
+from fp6_compile.packed.slots import Slot
 
 # The two runs differ by roundings of weights and products; a wrong fold differs by what the factors differ from one.
 _ROUNDINGS = 8
 
 
-def equalize_(chain: Chain, index: int, part: list[Place], collector: Collector, alpha: float) -> dict[str, Tensor]:
+def equalize_(chain: Chain, index: int, part: list[Slot], collector: Collector, alpha: float) -> dict[str, Tensor]:
     """Equalize what can be in a block and its statistics; the new parameters by name."""
     changed: dict[str, Tensor] = {}
     for norm, linears, shared in collector.behind_norms():
-        places = {id(place.tensor): place for place in part}
+        slots = {id(slot.tensor): slot for slot in part}
         weights = [linear.get_parameter("weight") for linear in linears]
         old = [*norm.parameters(), *weights]
-        if not all(id(tensor) in places for tensor in old):
+        if not all(id(tensor) in slots for tensor in old):
             continue  # shared with other blocks
         factors = equalizing_factors(shared.stats.absmax, weights, alpha)
         before = next(chain.run(index))
-        _put(places, old, fold([*norm.parameters()], weights, factors))
+        _put(slots, old, fold([*norm.parameters()], weights, factors))
         if _same(before, next(chain.run(index)), chain.hidden[0]):
             shared.stats = shared.stats.equalized(factors)
-            changed |= {place.names[0]: place.tensor for place in (places[id(tensor)] for tensor in old)}
+            changed |= {slot.names[0]: slot.tensor for slot in (slots[id(tensor)] for tensor in old)}
         else:
-            _put(places, old, old)
+            _put(slots, old, old)
     return changed
 
 
-def _put(places: dict[int, Place], old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
+def _put(slots: dict[int, Slot], old: Sequence[Tensor], new: Sequence[Tensor]) -> None:
     for tensor, value in zip(old, new, strict=True):
-        places[id(tensor)].put(value)
+        slots[id(tensor)].put(value)
 
 
 def _same(before: Tensor, after: Tensor, hidden: Tensor) -> bool:

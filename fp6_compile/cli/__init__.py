@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 import fp6_compile
+from fp6_compile.checkpoint.manifest import CheckpointError
 from fp6_compile.cli.commands import explain, inspect, quantize
 from fp6_compile.cli.verify import verify
 from fp6_compile.formats import DEFAULT, FORMATS
-from fp6_compile.manifest import CheckpointError
 from fp6_compile.quantize import SCALES
 
 __all__ = ["main"]

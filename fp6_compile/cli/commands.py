@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 
 import fp6_compile
-from fp6_compile.checkpoint import save
+from fp6_compile.checkpoint.manifest import INDEX, Manifest, Weight
+from fp6_compile.checkpoint.mx import is_mx, load_mx
+from fp6_compile.checkpoint.save_load import save
 from fp6_compile.cli.folder import empty_model
 from fp6_compile.cli.table import table
-from fp6_compile.explanation.token import one_token
-from fp6_compile.files import member, read_json
-from fp6_compile.manifest import INDEX, Manifest, Weight
-from fp6_compile.model import quantize_
-from fp6_compile.mx import is_mx, load_mx
+from fp6_compile.cli.token import one_token
+from fp6_compile.packed.quantize_model import quantize_
 from fp6_compile.report import size_text
-from fp6_compile.scaled import QUANTIZATION, quantization
+from fp6_compile.storage.files import member, read_json
+from fp6_compile.storage.scaled import QUANTIZATION, quantization
 
 # In a folder that is being made.
 _UNFINISHED = ".fp6-compile-unfinished"
@@ -62,7 +62,7 @@ def quantize(arguments: argparse.Namespace) -> int:
         }
         report = quantize_(model, **how, device=arguments.device, source=source)
     print(report)
-    if not report.taken:
+    if not report.quantized:
         raise ValueError("no linear was packed, so nothing is saved (a float32 model: try --dtype bfloat16)")
     with _being_made(target):
         for file in others:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp6_compile.files import member, read_json, reason, short
-from fp6_compile.places import empty_parameters
+from fp6_compile.packed.slots import empty_parameters
+from fp6_compile.storage.files import member, read_json, reason, short
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:

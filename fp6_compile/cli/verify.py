@@ -7,14 +7,14 @@ import argparse
 import torch
 from torch import Tensor
 
+from fp6_compile.checkpoint.manifest import Manifest
 from fp6_compile.cli.table import table
 from fp6_compile.formats import get_format
-from fp6_compile.manifest import Manifest
-from fp6_compile.packing import PLANES, unpack
+from fp6_compile.layouts.packing import PLANES, unpack
 from fp6_compile.quantize import dequantize
 from fp6_compile.report import progress
-from fp6_compile.scaled import stored
-from fp6_compile.storage import read
+from fp6_compile.storage.safetensors import read
+from fp6_compile.storage.scaled import stored
 
 
 def verify(arguments: argparse.Namespace) -> int:

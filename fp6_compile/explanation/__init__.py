@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from fp6_compile.config import Options
-from fp6_compile.devices import DEVICES, Device, device_named, this_device
 from fp6_compile.explanation.result import (
     MICROSECONDS_PER_LAUNCH,
     SHARE_OF_BANDWIDTH,
@@ -32,6 +31,7 @@ from fp6_compile.explanation.result import (
     Linear,
     Prediction,
 )
+from fp6_compile.fake_gpu.devices import DEVICES, Device, device_named, this_device
 
 __all__ = ["Break", "CudaGraphs", "Explanation", "Linear", "Prediction", "explain"]
 
@@ -95,10 +95,10 @@ def _target(device: str | torch.device | None, home: torch.device) -> tuple[Devi
 def _enter(stack: contextlib.ExitStack, about: Device) -> str | None:
     """Pretend that the device is there; or why that is not possible."""
     try:
-        from fp6_compile.kernels.pretend import no_self_test
-        from fp6_compile.lowerings.pretend import pretended_device
+        from fp6_compile.fake_gpu.device import fake_device
+        from fp6_compile.fake_gpu.driver import no_self_test
 
-        stack.enter_context(pretended_device(DEVICES["H200"] if _is_stand_in(about) else about))
+        stack.enter_context(fake_device(DEVICES["H200"] if _is_stand_in(about) else about))
         stack.enter_context(no_self_test())
     except (ImportError, OSError, ValueError) as error:
         return f"no code for a GPU can be generated here: {error}"

@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+from fp6_compile.backend.weights import PackSpec
 from fp6_compile.formats import get_format
 from fp6_compile.quantize import check_finite, dequantize, quantize
-from fp6_compile.weights import PackSpec
 
 # Weights that are looked at; of a larger matrix, rows at equal distances.
 _SAMPLE = 1 << 20

@@ -18,8 +18,8 @@ from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from fp6_compile.formats import get_format
-from fp6_compile.packing import layout_for, pack
-from fp6_compile.tensor import PackedTensor
+from fp6_compile.layouts.packing import layout_for, pack
+from fp6_compile.packed.tensor import PackedTensor
 
 T = TypeVar("T")
 

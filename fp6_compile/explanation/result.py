@@ -33,14 +33,14 @@ class Linear:
     note: str | None
 
     @property
-    def taken(self) -> bool:
+    def quantized(self) -> bool:
         """Whether it runs in six bits."""
         return self.reason is None
 
     @property
     def sqnr_text(self) -> str:
         """In dB, for people."""
-        if not self.taken:
+        if not self.quantized:
             return ""
         return "unknown" if self.sqnr is None else f"{self.sqnr:.1f} dB"
 
@@ -103,9 +103,9 @@ class Explanation:
     note: str | None = None
 
     @property
-    def taken(self) -> list[Linear]:
+    def quantized(self) -> list[Linear]:
         """The linears that run in six bits."""
-        return [linear for linear in self.linears if linear.taken]
+        return [linear for linear in self.linears if linear.quantized]
 
     @property
     def saved(self) -> int:
@@ -119,7 +119,7 @@ class Explanation:
 
     def text(self) -> str:
         """For a terminal without colours; as str()."""
-        from fp6_compile.explanation.text import text
+        from fp6_compile.explanation.show.text import text
 
         return text(self)
 
@@ -132,7 +132,7 @@ class Explanation:
 
     def html(self) -> str:
         """One page that needs no other file and no network."""
-        from fp6_compile.explanation.page import page
+        from fp6_compile.explanation.show.page import page
 
         return page(self)
 
@@ -140,12 +140,12 @@ class Explanation:
         return self.text()
 
     def _repr_html_(self) -> str:
-        from fp6_compile.explanation.page import page
+        from fp6_compile.explanation.show.page import page
 
         return page(self, whole=False)
 
     def __rich__(self) -> Any:
-        from fp6_compile.explanation.terminal import renderable
+        from fp6_compile.explanation.show.terminal import renderable
 
         return renderable(self)
 

@@ -16,19 +16,19 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from fp6_compile import lowerings
-from fp6_compile.backend import inductor_patches
+from fp6_compile.backend.compile import inductor_patches
+from fp6_compile.backend.find.merging import Candidate
+from fp6_compile.backend.graph import PackedGraph
+from fp6_compile.backend.planes import PackSpec, Planes, Stamp
 from fp6_compile.config import Options
 from fp6_compile.explanation.error import sqnr
 from fp6_compile.explanation.fakes import Fakes
+from fp6_compile.explanation.launches import launches
 from fp6_compile.explanation.traffic import Traffic, traffic
 from fp6_compile.formats import AUTO, Format, get_format
-from fp6_compile.graph import PackedGraph
-from fp6_compile.launches import launches
-from fp6_compile.merging import Candidate
-from fp6_compile.packing import pack
-from fp6_compile.planes import PackSpec, Planes, Stamp
+from fp6_compile.layouts.packing import pack
+from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.report import LinearReport
-from fp6_compile.tensor import PackedTensor
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Trace:
     def _generate(self, packed: PackedGraph, inputs: Sequence[Any]) -> Step:
         if self.unknown is not None:
             return Step()
-        from fp6_compile.lowerings.capture import Capture
+        from fp6_compile.fake_gpu.capture import Capture
 
         lowerings.register()
         capture = Capture()
@@ -122,7 +122,7 @@ class Trace:
         spec = packed.specs.get(line.name)
         if isinstance(value, PackedTensor):
             self.found[id(value)] = Found(names, line, value.spec.format, None)
-        elif not line.taken or spec is None:
+        elif not line.quantized or spec is None:
             self.found[id(value)] = Found(names, line, None, None)
         else:
             self.found[id(value)] = Found(names, line, spec.format, packed.error_of(value, spec))

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fp6_compile.tensor import PackedTensor
+from fp6_compile.packed.tensor import PackedTensor
 
 _LOOKUPS = {"embedding", "index_select", "gather"}
 

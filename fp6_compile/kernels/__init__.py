@@ -1,4 +1,9 @@
-"""The GPU kernel: config (tiles and constants, no Triton), and in Triton unpack, mm and launch. The CPU's is in cpu/.
+"""The kernels, and which of them runs.
 
-unpack, mm and launch import triton; nothing above this package may import them eagerly.
+    triton      the GPU kernel: unpack, multiply, dequantize       <- start here
+    selection   which tile it runs with, by shape and device
+    cpu         the CPU kernel, in C++
+    pack        from a weight to bit planes and scales
+
+Nothing outside of this package may import its Triton modules when it is imported: Triton need not be installed.
 """

@@ -1,6 +1,9 @@
-"""Inductor's lowering of `fp6::mm`: the only rooms that know torch._inductor's private names, gathered in _inductor.py."""
+"""Inductor's lowering of `fp6::mm`."""
 
 from functools import cache
+from pathlib import Path
+
+_SOURCES = (".py", ".jinja", ".cpp", ".h", ".json")
 
 
 @cache
@@ -8,7 +11,16 @@ def register() -> None:
     """Tell Inductor how to lower fp6::mm, once. Not at import: it imports Triton."""
     import torch
 
-    from fp6_compile.lowerings._inductor import register_lowering
+    from fp6_compile._compat.inductor import register_lowering
     from fp6_compile.lowerings.mm import lower_mm
 
     register_lowering(torch.ops.fp6.mm.default, type_promotion_kind=None)(lower_mm)
+
+
+@cache
+def source_hash() -> bytes:
+    """A hash of every file of this package, for cache keys: Inductor's does not cover operators and lowerings of others."""
+    from fp6_compile._compat.inductor import get_hash_for_files
+
+    package = Path(__file__).parents[1]
+    return get_hash_for_files(tuple(sorted(str(p) for p in package.rglob("*") if p.suffix in _SOURCES)))

@@ -5,7 +5,7 @@ so that bias, activation, residual and casts run on the float32 accumulator befo
 [BLOCK_N, BLOCK_M]; `store_output` takes the indices as they are, and nothing is transposed back.
 
 With a symbolic M the tile must not be the first shape's: the call stays a call, and the launcher picks the tile each time.
-With a static M so large that a dequantized copy and the vendor's matmul are faster, it stays a call, too.
+With a static M so large that a dequantized copy and ATen's matmul are faster, it stays a call, too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import sympy
 import torch
 
+from fp6_compile._compat import inductor as inductor
 from fp6_compile.formats import get_format
-from fp6_compile.kernels import device as kernels_device
-from fp6_compile.kernels.config import Config, constexprs
-from fp6_compile.kernels.run import uses_asm
-from fp6_compile.lowerings import _inductor as inductor
+from fp6_compile.kernels.selection import choices as kernels_device
+from fp6_compile.kernels.triton.config import Config, constexprs
+from fp6_compile.kernels.triton.run import uses_asm
 from fp6_compile.lowerings import split_k
-from fp6_compile.ops import has_kernel, mm_by_vendor
+from fp6_compile.ops import has_kernel, mm_by_aten
 
 aten = torch.ops.aten
 
@@ -37,7 +37,7 @@ def _grid(*sizes_and_meta: Any, cdiv: Any) -> tuple[Any, int, int]:
 _template = inductor.TritonTemplate(
     name="fp6_mm", grid=_grid, source=Path(__file__).with_name("fp6_mm.py.jinja").read_text()
 )
-_vendor = inductor.ExternKernelChoice(mm_by_vendor, "fp6_mm_by_vendor", has_out_variant=False)
+_aten_mm = inductor.ExternKernelChoice(mm_by_aten, "fp6_mm_by_aten", has_out_variant=False)
 
 
 def lower_mm(x: Any, planes: Sequence[Any], scale: Any, format: str, layout: str, group_size: int | None) -> Any:
@@ -79,7 +79,7 @@ def _in_parts(inputs: list[Any], configs: Sequence[Config], how: Mapping[str, An
 
 
 def _whole(inputs: list[Any], configs: Sequence[Config | None], how: Mapping[str, Any]) -> Any:
-    """[M, N] by the best of `configs`: a tile each or, for None, the vendor's matmul."""
+    """[M, N] by the best of `configs`: a tile each or, for None, ATen's matmul."""
     x = inputs[0]
     out = inductor.FixedLayout(x.get_device(), x.get_dtype(), [x.get_size()[0], _scale(inputs, how).get_size()[1]])
     most = max(config.SPLIT_K for config in configs if config is not None)
@@ -88,7 +88,7 @@ def _whole(inputs: list[Any], configs: Sequence[Config | None], how: Mapping[str
     choices: list[Any] = []
     for config in configs:
         if config is None:
-            choices.append(_vendor.bind(inputs, out, **how))
+            choices.append(_aten_mm.bind(inputs, out, **how))
         else:
             _append(choices, config, inputs, out, how)
     return _best(choices, inputs, out, how)

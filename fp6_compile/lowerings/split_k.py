@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx import Node
 
-from fp6_compile.kernels.config import LOCKS
-from fp6_compile.lowerings import _inductor as inductor
+from fp6_compile._compat import inductor as inductor
+from fp6_compile.kernels.triton.config import LOCKS
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

@@ -1,4 +1,4 @@
-"""The attention kernel that a real GPU would have chosen, on the pretended one.
+"""The attention kernel that a real GPU would have chosen, on the fake one.
 
 `F.scaled_dot_product_attention` asks the CUDA build's C++ which kernel takes its inputs; a CPU build has nobody to ask, and
 falls back to matmuls around a softmax. `choose_efficient` answers instead, and always the same: the memory-efficient kernel.
@@ -34,9 +34,7 @@ def _scaled_dot_product_attention(
 ) -> Tensor:
     """What transformers.cpp of ATen does with the memory-efficient kernel; masks are additive, and broadcast to 4-D."""
     if enable_gqa or (attn_mask is not None and attn_mask.shape[-1] % 16):
-        raise NotImplementedError(
-            "the pretended device has attention without enable_gqa, masks of multiples of 16 keys"
-        )
+        raise NotImplementedError("the fake device has attention without enable_gqa, masks of multiples of 16 keys")
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)

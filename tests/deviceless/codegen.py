@@ -114,7 +114,7 @@ def generate_modules(
     """`torch.compile(fn, **how)` called on `inputs`, then on each of `more_inputs`: the modules Inductor generated.
 
     `fn` is a module, a GraphModule from make_fx, or a function of tensors. `inputs` and the parameters of a module are
-    CPU tensors; they are copied to the pretended device. `how` is torch.compile's backend, dynamic, mode, options and
+    CPU tensors; they are copied to the fake device. `how` is torch.compile's backend, dynamic, mode, options and
     fullgraph; for one symbolic dimension mark the input with torch._dynamo.mark_dynamic. `config` patches
     torch._inductor.config, so a graph pass goes in as {"joint_custom_pre_pass": the_pass}.
     """

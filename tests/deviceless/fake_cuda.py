@@ -1,4 +1,4 @@
-"""The pretended CUDA device of fp6_compile.lowerings.pretend, with tensors that remember their values.
+"""The fake CUDA device of fp6_compile.lowerings.pretend, with tensors that remember their values.
 
 Nothing runs on this device: kernels can be generated and compiled for it, not launched. See interpret.py for that.
 """
@@ -12,8 +12,8 @@ import torch._dynamo.config as dynamo_config
 import torch._functorch.config as functorch_config
 import torch._inductor.config as inductor_config
 
-from fp6_compile.devices import DEVICES
-from fp6_compile.lowerings.pretend import pretended_device
+from fp6_compile.fake_gpu.device import fake_device
+from fp6_compile.fake_gpu.devices import DEVICES
 
 from .attention import choose_efficient
 from .fake_tensors import ValuedFakeMode
@@ -27,7 +27,7 @@ def fake_cuda(sm: int = 90) -> Iterator[ValuedFakeMode]:
     if sm not in _DEVICES:
         raise ValueError(f"no stand-in for sm_{sm}; there is one for {', '.join(f'sm_{known}' for known in _DEVICES)}")
     with (
-        pretended_device(DEVICES[_DEVICES[sm]]),
+        fake_device(DEVICES[_DEVICES[sm]]),
         # No cache: an entry made here would be served to a real device.
         inductor_config.patch({"fx_graph_cache": False}),
         functorch_config.patch({"enable_autograd_cache": False}),

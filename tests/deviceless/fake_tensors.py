@@ -80,7 +80,7 @@ def value_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def place(value: T, mode: FakeTensorMode) -> T:
-    """`value` on the pretended device: a tensor becomes a fake CUDA tensor, a module a copy with fake parameters.
+    """`value` on the fake device: a tensor becomes a fake CUDA tensor, a module a copy with fake parameters.
 
     `module.to("cuda")` does not do here: it swaps tensors in place, which a fake mode's memo forbids. Parameters shared
     between modules stay shared. Marks of `torch._dynamo.mark_dynamic` are kept.

@@ -1,6 +1,6 @@
 """The CPU kernel: C++ (fp6.h is the place to start), compiled and loaded at first use (build), called by the dispatcher.
 
-op.cpp              fp6::mm for CPUs: checks, the choice of a path, the vendor's matmul
+op.cpp              fp6::mm for CPUs: checks, the choice of a path, ATen's matmul
 fp6.cpp             the driver: memory and threads
 formats.cpp         the values of every format's codes, as constants
 rows.h              activations in, results out: rounding, splitting, transposing

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-_SOURCES = Path(__file__).parent
+_SOURCES = Path(__file__).parent / "csrc"
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mfma"]
 _BF16 = [*_AVX512, "-mavx512vbmi", "-mavx512bf16"]
 _X86 = {

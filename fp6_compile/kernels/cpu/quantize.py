@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fp6_compile.formats import Format
 from fp6_compile.kernels.cpu.build import library
-from fp6_compile.packing import CPU, PLANES, TILE_K, TILE_ROWS
+from fp6_compile.layouts.packing import CPU, PLANES, TILE_K, TILE_ROWS
 
 # As numbered in quantize.cpp.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)

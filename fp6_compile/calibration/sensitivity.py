@@ -1,0 +1,56 @@
+"""How much a model suffers from errors in each of its weights: what `quantize_(target_bits=...)` shares bits by.
+
+One weight at a time is rounded to a coarse format, the caller's loss is measured, and the weight is put back. That is the
+second-order sensitivity of HAWQ-V2 (arXiv 1911.03852) along the very error that quantization makes, without any gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from fp6_compile.config import Options, names_in, warn_of_unmatched
+from fp6_compile.formats import Format
+from fp6_compile.packed.quantize_model import is_weight, refusal
+from fp6_compile.packed.slots import slots
+from fp6_compile.quantize import dequantize, quantize
+from fp6_compile.report import progress
+
+# Coarse, so that the loss rises well above what it is uncertain by.
+_PROBE = Format("e2m1", 2, 1)
+
+
+@torch.no_grad()
+def sensitivities(
+    model: nn.Module,
+    loss: Callable[[], float],
+    *,
+    skip: Sequence[str] = (),
+    min_features: int = 128,
+    float32: bool = False,
+) -> dict[str, float]:
+    """By the name of each linear that `quantize_` would take: the rise of `loss()` per unit of relative squared error.
+
+    Args:
+        model: any module; its weights are changed in place for the duration of a call of `loss`, and are then as they were.
+        loss: a distance to the unchanged model on some inputs: KL divergence of logits, squared error of features.
+        skip, min_features, float32: as for `quantize_`.
+
+    Raises ValueError for a bad option.
+    """
+    options = Options.parse(None, {"skip": skip, "min_features": min_features, "float32": float32})
+    warn_of_unmatched(options, names_in(model), type(model).__name__)
+    taken = [slot for slot in slots(model) if is_weight(slot, options) and refusal(slot, options, None) is None]
+    base, found = loss(), {}
+    for slot in progress(taken, "fp6: sensitivities"):
+        weight, kept = slot.tensor, slot.tensor.detach().clone()
+        rounded = dequantize(*quantize(kept, _PROBE), _PROBE, None, kept.dtype)
+        error = (rounded - kept).float().square().sum() / kept.float().square().sum().clamp(min=1e-30)
+        try:
+            weight.copy_(rounded)
+            found[slot.title] = max(loss() - base, 0.0) / max(float(error), 1e-30)
+        finally:
+            weight.copy_(kept)
+    return found

@@ -1,0 +1,1 @@
+"""How an explanation looks: as text, on a terminal, as a page."""

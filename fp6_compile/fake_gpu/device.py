@@ -1,0 +1,186 @@
+"""A fake CUDA device: what Inductor asks of one while it compiles, answered without one.
+
+Inductor compiles for a GPU that it never touches until the generated module is loaded. Up to there it asks four things, and
+`fake_device` answers them: tensors that say "cuda" (the caller's FakeTensorMode), properties of the device (a
+DeviceInterface and a few `torch.cuda` functions), a target for Triton, and a C++ device guard, which a CPU build of torch
+does not carry. Everything is put back on exit, and whatever was cached about the device is forgotten.
+
+Nothing runs on this device. It is how `explain` sees the code for a GPU that is not at hand, and how our tests do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.fx.experimental import proxy_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from fp6_compile._compat import inductor as inductor
+from fp6_compile.fake_gpu.attention import attention_of_a_gpu
+from fp6_compile.fake_gpu.devices import Device
+from fp6_compile.fake_gpu.driver import fake_target
+
+# Modules whose functools caches hold answers about the device; the same three in torch 2.11, 2.13 and 2.15. All of their
+# caches are questions with no side effect (unlike fx_passes, where a cache guards a registration).
+_MODULES_WITH_DEVICE_CACHES = ("torch._inductor.utils", "torch._inductor.runtime.hints", "torch.utils._triton")
+# Compiling for a device that cannot be timed: shape_padding times two matmuls. Worker processes would not see our stand-ins.
+_CONFIG = {"shape_padding": False, "compile_threads": 1}
+
+
+@contextlib.contextmanager
+def fake_device(device: Device) -> Iterator[None]:
+    """Inside, cuda:0 is `device` to Inductor and Triton, which must be a CUDA device.
+
+    Raises ImportError where Triton is not installed, and OSError or ValueError where torch's C++ library is not as expected.
+    """
+    properties = _properties(device)
+    interface = _interface(properties)
+    registry = inductor.device_interfaces()
+    with contextlib.ExitStack() as stack:
+        stack.callback(_forget_the_device)
+        stack.enter_context(fake_target(properties.cc))
+        for name, answer in _answers(properties).items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(mock.patch.dict(registry, {"cuda": interface, "cuda:0": interface}))
+        stack.enter_context(inductor.config.patch(_CONFIG))
+        stack.enter_context(attention_of_a_gpu())
+        # AOTAutograd would compute with small constants, such as torch.tensor([], device="cuda"), on the device.
+        stack.enter_context(mock.patch.object(proxy_tensor, "CONSTANT_NUMEL_LIMIT", -1))
+        stack.enter_context(
+            mock.patch.object(inductor.ConstantFolder, "run", _fold_on_cpu(inductor.ConstantFolder.run))
+        )
+        stack.enter_context(_device_guard())
+        _forget_the_device()
+        yield
+
+
+def _properties(device: Device) -> types.SimpleNamespace:
+    """What `torch.cuda.get_device_properties` would say on it."""
+    sm = int(device.arch or 0)
+    return types.SimpleNamespace(
+        name=device.reported,
+        type="cuda",
+        index=0,
+        multi_processor_count=device.multiprocessors,
+        cc=sm,
+        major=sm // 10,
+        minor=sm % 10,
+        regs_per_multiprocessor=65_536,
+        max_threads_per_multi_processor=2048 if sm in (80, 90, 100) else 1536,
+        max_threads_per_block=1024,
+        warp_size=32,
+        total_memory=80 << 30,
+        L2_cache_size=device.l2_mb << 20,
+        shared_memory_per_block=48 << 10,
+        shared_memory_per_block_optin=device.shared,
+        shared_memory_per_multiprocessor=device.shared + 1024,
+        gcnArchName="",
+        uuid="00000000-0000-0000-0000-000000000000",
+    )
+
+
+def _interface(properties: types.SimpleNamespace) -> type:
+    """The DeviceInterface of the fake device; what it does not answer is CudaInterface's, and fails loudly."""
+
+    class FakeWorker(inductor.CudaInterface.Worker):
+        set_device = staticmethod(lambda device: None)
+        current_device = staticmethod(lambda: 0)
+        get_device_properties = staticmethod(lambda device=None: properties)
+
+    class FakeInterface(inductor.CudaInterface):
+        Worker = FakeWorker
+        device = staticmethod(lambda index: contextlib.nullcontext())
+        is_available = staticmethod(lambda: True)
+        device_count = staticmethod(lambda: 1)
+        current_device = staticmethod(lambda: 0)
+        set_device = staticmethod(lambda device: None)
+        synchronize = staticmethod(lambda device=None: None)
+        get_raw_stream = staticmethod(lambda index: 0)
+        memory_allocated = staticmethod(lambda device=None: 0)
+        get_device_properties = staticmethod(lambda device=None: properties)
+        get_compute_capability = staticmethod(lambda device=None: properties.cc)
+        is_triton_capable = staticmethod(lambda device=None: True)
+        is_bf16_supported = staticmethod(lambda including_emulation=False: True)
+
+    return FakeInterface
+
+
+def _answers(properties: types.SimpleNamespace) -> dict[str, Callable[..., Any]]:
+    """To what Inductor asks torch.cuda directly, past the DeviceInterface."""
+    return {
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: (properties.major, properties.minor),
+        "get_device_name": lambda device=None: properties.name,
+        "current_device": lambda: 0,
+        "device_count": lambda: 1,
+        "synchronize": lambda device=None: None,
+        "is_current_stream_capturing": lambda: False,
+    }
+
+
+class _OnCPU(TorchDispatchMode):
+    """What is asked of the GPU is done on the CPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(
+            lambda a: torch.device("cpu") if isinstance(a, torch.device) else a, (args, kwargs or {})
+        )
+        return func(*args, **kwargs)
+
+
+def _fold_on_cpu(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Inductor finds uniform constants by computing with them."""
+
+    def folding(self: Any) -> Any:
+        with _OnCPU():
+            return run(self)
+
+    return folding
+
+
+@contextlib.contextmanager
+def _device_guard() -> Iterator[None]:
+    """Let a CPU build of torch index and copy fake CUDA tensors.
+
+    `x[1:]` and `x.copy_(y)` set a C++ device guard before they dispatch, and a CPU build has none for CUDA ("PyTorch is
+    not linked with support for cuda devices"). The guard of the meta device does nothing, which is what
+    torch._C._ensureCUDADeviceGuardSet installs in a CUDA build without a GPU, so it is lent to CUDA meanwhile.
+    """
+    if torch.backends.cuda.is_built():
+        torch._C._ensureCUDADeviceGuardSet()
+        yield
+        return
+    cuda, meta = 1, 14  # c10::DeviceType
+    c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    guards = (ctypes.c_void_p * (meta + 1)).in_dll(c10, "_ZN3c104impl26device_guard_impl_registryE")
+    missing = not guards[cuda]
+    if missing:
+        guards[cuda] = guards[meta]
+    try:
+        yield
+    finally:
+        if missing:
+            guards[cuda] = None
+
+
+def _forget_the_device() -> None:
+    """Empty every cache of Inductor's that may hold an answer about the device."""
+    for name in _MODULES_WITH_DEVICE_CACHES:
+        if name not in sys.modules:
+            continue
+        members = list(vars(sys.modules[name]).values())
+        classes = [member for member in members if isinstance(member, type) and member.__module__ == name]
+        members += [getattr(cls, attribute) for cls in classes for attribute in vars(cls)]
+        for member in members:
+            if isinstance(getattr(member, "__func__", member), functools._lru_cache_wrapper):
+                member.cache_clear()

@@ -1,0 +1,45 @@
+"""Triton for a GPU that is not there: a driver that only names its target, so that kernels can be written, not launched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from unittest import mock
+
+import torch
+
+
+class _Driver:
+    """A Triton driver that can name a target and nothing more."""
+
+    def __init__(self, target: object) -> None:
+        self.get_current_target = lambda: target
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device=None: 0
+        self.get_device_interface = lambda: torch.cuda
+        self.get_active_torch_device = lambda: torch.device("cuda", 0)
+
+
+@contextlib.contextmanager
+def fake_target(sm: int) -> Iterator[None]:
+    """Inside: Triton's target is sm_{sm}. Raises ImportError where Triton is missing."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from fp6_compile.kernels.selection import choices as device
+
+    driver = _Driver(GPUTarget("cuda", sm, 32))
+    device.describe.cache_clear()
+    try:
+        with mock.patch.object(triton.runtime.driver, "_active", driver):
+            yield
+    finally:
+        device.describe.cache_clear()
+
+
+def no_self_test() -> AbstractContextManager[object]:
+    """Inside, nothing is launched to see whether wgmma works: it is not used."""
+    from fp6_compile.kernels.selection import selftest
+
+    return mock.patch.object(selftest, "passes", return_value=False)

@@ -1,0 +1,72 @@
+"""Whether wgmma computes right on this very device, asked once and remembered.
+
+wgmma runs while the program goes on, and reads its left operand from registers. If a compiler lets the program reuse those
+registers too early, sums are wrong now and then (Triton issue 9433 and pull request 11781, with ptxas 12.8 and 12.9). The
+kernel waits for each dot before it unpacks the next weights (mm.py), the form in which none of these was seen. That is no
+proof, and wrong sums in a language model still read fluently. So the kernel multiplies integers first, whose sums are
+exact in any order; a single bit off, and tiles with mma.sync are used instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import torch
+import triton
+from triton.runtime.cache import get_cache_manager
+
+from fp6_compile.formats import Format
+from fp6_compile.kernels.triton.config import Config, Device, config_for
+from fp6_compile.kernels.triton.run import run
+from fp6_compile.layouts.packing import gpu_layout, pack
+
+_M, _N, _K = 256, 512, 4096
+_REPETITIONS = 20
+_FILE = "fp6_wgmma.json"
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def passes(device: torch.device, dtype: torch.dtype, fmt: Format, group_size: int | None) -> bool:
+    """Whether the wgmma tile for these multiplies integers exactly on `device`. The answer is kept in Triton's cache."""
+    remembered = get_cache_manager(_key(device, dtype, fmt, group_size))
+    if path := remembered.get_file(_FILE):
+        return bool(json.loads(Path(path).read_text()))
+    exact = _is_exact(device, dtype, fmt, group_size)
+    if not exact:
+        _log.warning("fp6: wgmma gave wrong sums on %s: it is not used", torch.cuda.get_device_name(device))
+    remembered.put(json.dumps(exact), _FILE, binary=False)
+    return exact
+
+
+def _is_exact(device: torch.device, dtype: torch.dtype, fmt: Format, group_size: int | None) -> bool:
+    """x in -1, 0, 1 and scales of 1, and no weight above 2^11 times the smallest: float32 holds the sums in any order.
+
+    For each output `dtype` rounds the exact sum, and the computed one, in the same way.
+    """
+    config = config_for(_M, _N, _K, group_size, dtype, Device("sm_90", wgmma=True))
+    assert isinstance(config, Config)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 2**fmt.bits, (_N, _K), dtype=torch.uint8, generator=generator)
+    values = fmt.values()
+    codes[(values.abs() > 2**11 * values[1])[codes.int()]] = 0
+    x = torch.randint(-1, 2, (_M, _K), generator=generator).to(device, dtype)
+    planes = [plane.to(device) for plane in pack(codes, fmt, gpu_layout(dtype))]
+    scale = torch.ones(-(-_K // group_size) if group_size else 1, _N, device=device)
+    exact = (x.double() @ fmt.decode(codes).to(device).double().T).to(dtype)
+    runs = (run(config, x, planes, scale, fmt, group_size) for _ in range(_REPETITIONS))
+    return all(torch.equal(product, exact) for product in runs)
+
+
+def _key(device: torch.device, dtype: torch.dtype, fmt: Format, group_size: int | None) -> str:
+    """Of device, driver side of torch, compilers and kernels: whatever changes, the test runs again."""
+    kernels = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
+    assembler = triton.knobs.nvidia.ptxas  # TRITON_PTXAS_PATH may name another
+    versions = torch.__version__, triton.__version__, assembler.path, assembler.version
+    about = (torch.cuda.get_device_name(device), versions, dtype, fmt, group_size)
+    return hashlib.sha256(repr(about).encode() + kernels).hexdigest()

@@ -1,0 +1,249 @@
+"""What a PackedTensor can do: one function for each operator, by name. All else is an error that says the way out.
+
+A copy or a view keeps the codes; a matmul of the transposed weight is `fp6::mm`; a slice is cut out of the codes and packed
+anew, so that it is the packing of the slice (and holds on to no more memory than it needs). Composite operators, such as
+`linear`, `chunk` or `narrow`, are taken apart into these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves
+
+from fp6_compile.formats import get_format
+from fp6_compile.layouts.packing import layout_for, pack
+
+if TYPE_CHECKING:
+    from fp6_compile.packed.tensor import PackedTensor
+
+aten = torch.ops.aten
+_IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
+
+
+def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operator `func` of arguments of which at least one is a PackedTensor.
+
+    Raises NotImplementedError, naming the operator and the way out, for one that is not in this file.
+    """
+    if func in _IMPLEMENTATIONS:
+        return _IMPLEMENTATIONS[func](func, args, kwargs)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return func.decompose(*args, **kwargs)
+    weight = next(leaf for leaf in tree_leaves((args, kwargs)) if _is_packed(leaf))
+    raise NotImplementedError(
+        f"fp6: {func} is not defined for {weight!r}; it can multiply (F.linear, x @ W.T), move, be copied and sliced. "
+        "weight.dequantize() is an ordinary tensor"
+    )
+
+
+def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
+    """F.linear of arguments of which at least one is a PackedTensor."""
+    if not _is_packed(weight) or weight.spec.transposed:
+        with torch._C.DisableTorchFunctionSubclass():
+            return F.linear(input, weight, bias)
+    out = weight.mm(input)
+    return out if bias is None else out + bias.to(out.dtype)
+
+
+def mm(x: Tensor, weight: PackedTensor) -> Tensor:
+    """`x @ W.T`: PackedTensor.mm."""
+    spec = weight.spec
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    elif x.dtype != spec.dtype:
+        raise RuntimeError(f"fp6: x is {x.dtype} and the packed weight {spec.dtype}; convert either with .to(dtype)")
+    *planes, scale = weight.tensors
+    if x.shape[-1:] != (spec.k,):  # planes are padded: fp6::mm cannot tell
+        has = f"{int(x.shape[-1])} features" if x.dim() else "no features"
+        raise RuntimeError(f"fp6: x has {has}, the weight [{scale.shape[1]}, {spec.k}] takes {spec.k}")
+    if torch.is_grad_enabled() and weight.requires_grad:
+        raise RuntimeError("fp6: a packed weight cannot be trained: leave requires_grad False")
+    return torch.ops.fp6.mm(x, planes, scale, spec.format, spec.layout, spec.group_size)
+
+
+def _is_packed(value: Any) -> bool:
+    return hasattr(value, "planes") and isinstance(value, Tensor)
+
+
+def _implements(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _IMPLEMENTATIONS.update(dict.fromkeys(operators, function))
+        return function
+
+    return register
+
+
+@_implements(aten.detach.default, aten.alias.default)
+def _alias(func: Any, args: Any, kwargs: Any) -> Tensor:
+    return _viewed(func, args, kwargs)
+
+
+def _viewed(func: Any, args: Any, kwargs: Any, **changes: Any) -> Tensor:
+    """A view of the weight args[0]; one of an ordinary tensor is an ordinary tensor in inference mode, too."""
+    with torch.inference_mode(args[0].is_inference()):
+        out = _same_planes(args[0], **changes)
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def _same_planes(weight: PackedTensor, **changes: Any) -> PackedTensor:
+    """Another tensor of the same planes: what is written into either is in both."""
+    out = weight.map(lambda t: t, **changes)
+    out._held, out.is_part = weight._held, weight.is_part
+    return out
+
+
+@_implements(aten.view.default, aten._unsafe_view.default)
+def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
+    weight, shape = args
+    if weight.shape != torch.Size(shape) and list(shape) != [-1, weight.shape[1]]:
+        raise NotImplementedError(f"fp6: {weight!r} cannot be viewed as {list(shape)}; weight.dequantize() can")
+    return _viewed(func, args, kwargs)
+
+
+@_implements(aten.clone.default)
+def _clone(func: Any, args: Any, kwargs: Any) -> Tensor:
+    return args[0].map(torch.clone)
+
+
+@_implements(aten._to_copy.default, aten.empty_like.default)
+def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
+    weight = args[0]
+    device = torch.device(kwargs.get("device") or weight.device)
+    dtype = kwargs.get("dtype") or weight.dtype
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise TypeError(f"fp6: {weight!r} cannot become {dtype}, only float16, bfloat16 or float32")
+    how: dict[str, Any] = {"non_blocking": kwargs.get("non_blocking") or False, "copy": True}
+    make = torch.empty_like if func is aten.empty_like.default else partial(Tensor.to, **how)
+    copy = weight.map(lambda t: make(t, device=device), dtype=dtype)
+    return copy if device.type == "meta" else copy.repack(layout_for(device, dtype, get_format(weight.spec.format)))
+
+
+@_implements(aten.copy_.default)
+def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
+    target, source = args[:2]
+    same = _is_packed(target) and _is_packed(source) and target.shape == source.shape
+    if not same or _meaning(target) != _meaning(source):
+        raise ValueError(
+            f"fp6: cannot copy {_describe(source)} into {_describe(target)}: only packed weights of one shape, format, "
+            "group_size and dtype are copied in place. load_state_dict(..., assign=True) replaces weights; "
+            "PackedTensor.quantize(weight) packs one"
+        )
+    if target.is_part:
+        raise ValueError(
+            f"fp6: cannot copy into {target!r}: it is cut out of another packed weight, which the copy would not reach. "
+            "Write all of that weight, or a .clone() of the part"
+        )
+    target._held.write(source.repack(target.spec.layout).tensors)
+    return target
+
+
+def _meaning(weight: PackedTensor) -> tuple[Any, ...]:
+    return weight.spec._replace(layout="")
+
+
+def _describe(value: Tensor) -> str:
+    return repr(value) if _is_packed(value) else f"a {value.dtype} tensor of shape {list(value.shape)}"
+
+
+@_implements(aten.equal.default)
+def _equal(func: Any, args: Any, kwargs: Any) -> bool:
+    one, other = args
+    if not (_is_packed(one) and _is_packed(other)) or _meaning(one) != _meaning(other) or one.shape != other.shape:
+        return False
+    return torch.equal(one.codes(), other.codes()) and torch.equal(one.scale, other.scale)
+
+
+@_implements(aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
+def _transpose(func: Any, args: Any, kwargs: Any) -> Tensor:
+    weight, dims = args[0], [d % 2 for d in tree_leaves(args[1:])]
+    flips = dims != [0, 0] and dims != [1, 1] and not (func is aten.permute.default and dims == [0, 1])
+    return _viewed(func, args, kwargs, transposed=weight.spec.transposed != flips)
+
+
+@_implements(aten.slice.Tensor)
+def _slice(func: Any, args: Any, kwargs: Any) -> Tensor:
+    weight, dim, start, stop, step = [*args, None, None, None, None][:5]
+    index = slice(start, stop, step).indices(weight.shape[(dim or 0) % 2])
+    return _cut(weight, (dim or 0) % 2, *index)
+
+
+@_implements(aten.split.Tensor, aten.split_with_sizes.default)
+def _split(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    weight, sizes = args[:2]
+    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % 2
+    length = weight.shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, length - start) for start in range(0, length, sizes)]
+    if sum(sizes) != length:
+        raise ValueError(f"fp6: sizes {sizes} do not add up to the {length} of {weight!r} along dimension {dim}")
+    stops = torch.tensor(sizes).cumsum(0).tolist()
+    return [_cut(weight, dim, stop - size, stop, 1) for size, stop in zip(sizes, stops, strict=True)]
+
+
+def _cut(weight: PackedTensor, dim: int, start: int, stop: int, step: int) -> Tensor:
+    """Rows or inputs from `start` to `stop`, packed by themselves."""
+    stop = max(start, stop)
+    if step != 1:
+        raise ValueError(f"fp6: {weight!r} is sliced with step {step}, only 1 is possible")
+    # Slices are views to autograd: see _viewed.
+    with torch.inference_mode(weight.is_inference()):
+        return _part(weight, (dim == 0) != weight.spec.transposed, start, stop)
+
+
+def _part(weight: PackedTensor, rows: bool, start: int, stop: int) -> Tensor:
+    spec = weight.spec
+    if (start, stop) == (0, weight.scale.shape[1] if rows else spec.k):
+        return _same_planes(weight)
+    weight = weight.map(lambda t: t)  # of one state, whatever other threads write
+    codes, scale, size = weight.codes(), weight.scale, spec.group_size
+    if rows:
+        codes, scale = codes[start:stop], scale[:, start:stop].contiguous()
+    else:
+        if size is not None:
+            if start % size or (stop % size and stop != spec.k):
+                raise ValueError(
+                    f"fp6: inputs {start} to {stop} of {weight!r} cut a group: slices along K start and stop at a "
+                    f"multiple of group_size={size}, or at the end"
+                )
+            scale = scale[start // size : -(-stop // size)].contiguous()
+        codes = codes[:, start:stop]
+    planes = pack(codes, get_format(spec.format), spec.layout)
+    part = type(weight)(planes, scale.clone(), spec._replace(k=codes.shape[1]))
+    part.is_part = True
+    return part
+
+
+@_implements(aten.mm.default)
+def _mm(func: Any, args: Any, kwargs: Any) -> Tensor:
+    x, weight = args
+    if not _is_packed(weight):
+        # W @ x, [N, K] by [K, M]; autograd's x.grad of F.linear is the other way round.
+        return _mm(func, (weight.t(), x.t()), {}).t()
+    if weight.spec.transposed:
+        return weight.mm(x)
+    return x @ weight.dequantize()
+
+
+@_implements(aten.addmm.default)
+def _addmm(func: Any, args: Any, kwargs: Any) -> Tensor:
+    bias, x, weight = args
+    product = (
+        _mm(func, (x, weight), {}) * kwargs.get("alpha", 1)
+        if kwargs.get("alpha", 1) != 1
+        else _mm(func, (x, weight), {})
+    )
+    return product + (bias if kwargs.get("beta", 1) == 1 else kwargs["beta"] * bias)
+
+
+@_implements(aten.mv.default)
+def _mv(func: Any, args: Any, kwargs: Any) -> Tensor:
+    weight, x = args
+    return _mm(func, (x.unsqueeze(0), weight.t()), {}).squeeze(0)

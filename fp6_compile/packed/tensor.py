@@ -1,0 +1,263 @@
+"""A packed weight as a tensor: what `quantize_` puts in the place of an nn.Linear's weight.
+
+    PackedTensor [N, K], float16        what everyone sees: shape, dtype, device of the weight it stands for
+        w4, w2 (or others)              the planes of its format, in the layout of its device (packing.py)
+        scale [G, N] float32
+
+It is an nn.Parameter like any other: it moves, is copied, saved, tied, sliced and sharded. Linear layers of it run
+`fp6::mm`; what else it can do is in dispatch.py, and everything beyond raises an error that says so. Under torch.compile it
+is a *traceable wrapper subclass* (torch/utils/_python_dispatch.py): its planes become inputs of the graph, and the graph has
+a `fp6::mm` where the linear was, with any backend.
+
+`.to(device)` repacks the planes into the layout that the device's kernel reads. `.to(dtype)` changes the dtype that the
+weight is *presented in*, which activations must have and `dequantize()` rounds to; codes and scales stay as they are, so
+that `.bfloat16().half()` loses nothing. Pickles hold canonical planes and are repacked where they are loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fp6_compile import lowerings, ops  # noqa: F401  (ops defines fp6::mm)
+from fp6_compile.formats import AUTO, DEFAULT, get_format
+from fp6_compile.kernels.cpu import quantize as cpu
+from fp6_compile.kernels.pack import quantized
+from fp6_compile.layouts import packing
+from fp6_compile.layouts.packing import PLANES, Spec, layout_for, plane_names, unpack
+from fp6_compile.packed import dispatch
+from fp6_compile.packed.held import Held
+from fp6_compile.quantize import check, choose_format
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DATA: Any = Tensor.data
+
+
+class PackedTensor(Tensor):
+    """A weight [N, K] (or, transposed, [K, N]) in planes; see this module's docstring.
+
+    Args:
+        planes: of `spec.format` in `spec.layout`, as `packing.pack` returns them.
+        scale: [G, N] float32, on the planes' device.
+        spec: how to read them.
+    """
+
+    spec: Spec
+    is_part = False  # cut out of another weight: a copy of its codes, so that writing it would not reach that weight
+
+    @staticmethod
+    def __new__(cls, planes: Sequence[Tensor], scale: Tensor, spec: Spec) -> PackedTensor:
+        n, k = scale.shape[1], spec.k
+        shape, strides = ((k, n), (1, k)) if spec.transposed else ((n, k), (k, 1))
+        return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=spec.dtype, device=scale.device)
+
+    def __init__(self, planes: Sequence[Tensor], scale: Tensor, spec: Spec) -> None:
+        self._held = Held((*planes, scale))
+        self.spec = spec
+
+    @classmethod
+    def quantize(
+        cls,
+        weight: Tensor,
+        format: str = DEFAULT,
+        group_size: int | None = None,
+        scale: str = "absmax",
+        dtype: torch.dtype | None = None,
+    ) -> PackedTensor:
+        """`weight` [N, K] (float16, bfloat16 or float32) in the codes of `format` (or "auto", config.py), presented in
+        `dtype` (by default its own).
+
+        Raises ValueError as quantize.quantize does, and for other dtypes and unknown formats.
+        """
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"weight: got {weight.dtype}, needs one of {', '.join(map(str, DTYPES))}")
+        check(weight, group_size, scale)
+        weight, dtype = weight.detach(), dtype or weight.dtype
+        if format == "auto":
+            format = choose_format([weight], [get_format(name) for name in AUTO], group_size, scale).name
+        fmt, layout = get_format(format), layout_for(weight.device, dtype, get_format(format))
+        spec = Spec(format, layout, group_size, weight.shape[1], dtype)
+        *planes, scales = quantized(weight, fmt, layout, group_size, scale)
+        return cls(planes, scales, spec)
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, format: str, group_size: int | None, dtype: torch.dtype
+    ) -> PackedTensor:
+        """From codes [N, K] (uint8) and scales [G, N] (float32), in the layout of their device."""
+        fmt, (n, k) = get_format(format), codes.shape
+        layout = layout_for(codes.device, dtype, fmt)
+        planes = packing.pack_rows(lambda rows: codes[rows], n, k, codes.device, fmt, layout)
+        return cls(planes, scale, Spec(format, layout, group_size, k, dtype))
+
+    @classmethod
+    def from_planes(
+        cls, planes: Sequence[Tensor], scale: Tensor, format: str, group_size: int | None, k: int, dtype: torch.dtype
+    ) -> PackedTensor:
+        """From canonical planes, as checkpoints hold them, in the layout of their device."""
+        return cls(planes, scale, Spec(format, PLANES, group_size, k, dtype)).repack(
+            layout_for(scale.device, dtype, get_format(format))
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """(*planes, scale), of one state of the weight: another thread may write it."""
+        return self._held.tensors
+
+    @property
+    def planes(self) -> tuple[Tensor, ...]:
+        """The planes, the low bits' first."""
+        return self.tensors[:-1]
+
+    @property
+    def scale(self) -> Tensor:
+        """The scales [G, N] float32."""
+        return self.tensors[-1]
+
+    # What __tensor_flatten__ names.
+    w8 = property(lambda self: self._plane("w8"))
+    w4 = property(lambda self: self._plane("w4"))
+    w2 = property(lambda self: self._plane("w2"))
+    w1 = property(lambda self: self._plane("w1"))
+
+    def _plane(self, name: str) -> Tensor:
+        return self.tensors[plane_names(get_format(self.spec.format)).index(name)]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of planes and scales; `nbytes` are those of the weight it stands for."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def codes(self) -> Tensor:
+        """The codes [N, K] (uint8), whether it is transposed or not."""
+        spec = self.spec
+        return unpack(self.planes, get_format(spec.format), spec.layout, self.scale.shape[1], spec.k)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as an ordinary tensor, of its own dtype unless another is given: value times scale, rounded once."""
+        how = (self.spec.format, self.spec.layout, self.spec.group_size, self.spec.k, dtype or self.dtype)
+        *planes, scale = self.tensors
+        weight = torch.ops.fp6.dequantize(planes, scale, *how)
+        return weight.t() if self.spec.transposed else weight
+
+    def repack(self, layout: str) -> PackedTensor:
+        """The same weight with its planes in another layout of `packing.LAYOUTS`."""
+        spec = self.spec
+        if layout == spec.layout:
+            return self
+        *planes, scale = self.tensors
+        fast = cpu.repack(planes, spec.layout, layout, scale.shape[1], spec.k)
+        new = fast or packing.repack(planes, get_format(spec.format), spec.layout, layout, scale.shape[1], spec.k)
+        return PackedTensor(new, scale.clone(), spec._replace(layout=layout))
+
+    def move_to(self, planes: Sequence[Tensor], scale: Tensor, source: tuple[Tensor, ...]) -> None:
+        """Read from `planes` and `scale`, rows of larger ones (merging.py says why), unless written since it was `source`.
+
+        Scales of groups stay: their rows would not be contiguous, and graphs that are compiled already count on it.
+        """
+        # no views to autograd, and the strides of a scale that lies alone
+        scale = scale.data.view(-1).view(1, -1) if len(scale) == 1 else source[-1]
+        self._held.replace(source, (*(plane.data for plane in planes), scale))
+
+    def mm(self, x: Tensor) -> Tensor:
+        """`x @ W.T` for x [*, K], whether it is transposed or not: `fp6::mm`. Autocast casts x, as it does for F.linear.
+
+        Raises RuntimeError, as F.linear does, where x has not K features or another dtype.
+        """
+        return dispatch.mm(x, self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
+        """Stays without: a packed weight is a constant. nn.Parameter and load_state_dict(assign=True) ask for it unasked."""
+        return self
+
+    def map(self, function: Callable[[Tensor], Tensor], **changes: Any) -> PackedTensor:
+        """`function` of every tensor inside, with changes to the spec."""
+        *planes, scale = self.tensors
+        return PackedTensor([function(p) for p in planes], function(scale), self.spec._replace(**changes))
+
+    def __tensor_flatten__(self) -> tuple[list[str], Spec]:
+        return [*plane_names(get_format(self.spec.format)), "scale"], self.spec
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], spec: Spec, size: Any, stride: Any) -> PackedTensor:
+        if "torch._inductor.lowering" in sys.modules:  # someone compiles with Inductor, by whatever backend
+            lowerings.register()
+        return cls([inner[name] for name in plane_names(get_format(spec.format))], inner["scale"], spec)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            return dispatch.linear(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return dispatch.call(func, args, kwargs or {})
+
+    def _stable_hash_for_caching(self) -> str:
+        """What AOTAutograd's cache must know of it beside the metadata of its tensors: also what the graph makes of it."""
+        from fp6_compile.lowerings import source_hash  # imports Inductor, which is imported where it caches
+
+        return f"{self.spec} {source_hash().hex()}"
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        spec, group = self.spec, f", group_size={self.spec.group_size}" if self.spec.group_size else ""
+        return f"PackedTensor({list(self.shape)}, {self.dtype}, {spec.format}{group}, {spec.layout}, {self.device})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
+        if id(self) not in memo:
+            memo[id(self)] = _like(self, self.clone())
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _reduced(self, self.repack(PLANES))
+
+    def _set_data(self, value: Tensor) -> None:
+        if not isinstance(value, PackedTensor):
+            raise TypeError(
+                f"fp6: .data of {self!r} cannot be a {value.dtype} tensor; PackedTensor.quantize(weight) packs one"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            _DATA.__set__(self, value)
+        self._held, self.spec = value._held, value.spec
+
+    data = property(_DATA.__get__, _set_data)
+
+    def share_memory_(self) -> PackedTensor:
+        """Move planes and scale to memory that processes share; a no-op where they are, and on GPUs."""
+        for tensor in self.tensors:
+            tensor.share_memory_()
+        return self
+
+    def is_shared(self) -> bool:
+        """Whether other processes share planes and scale."""
+        return all(tensor.is_shared() for tensor in self.tensors)
+
+
+def _like(original: Tensor, packed: Tensor) -> Any:
+    return torch.nn.Parameter(packed, requires_grad=False) if isinstance(original, torch.nn.Parameter) else packed
+
+
+def _reduced(original: Tensor, packed: PackedTensor) -> tuple[Any, ...]:
+    *planes, scale = packed.tensors
+    return _rebuild, (tuple(planes), scale, tuple(packed.spec), isinstance(original, torch.nn.Parameter))
+
+
+def _rebuild(planes: Sequence[Tensor], scale: Tensor, spec: tuple, is_parameter: bool) -> Tensor:
+    """Unpickling: canonical planes, on whatever device they were mapped to."""
+    packed = PackedTensor(planes, scale, Spec(*spec))
+    packed = packed.repack(layout_for(packed.device, packed.dtype, get_format(packed.spec.format)))
+    return torch.nn.Parameter(packed, requires_grad=False) if is_parameter else packed
+
+
+# The second name is that of pickles written by 0.1.
+torch.serialization.add_safe_globals([_rebuild, (_rebuild, "fp6_compile.tensor._rebuild")])
+# To another process on this machine it goes as a tensor does: planes as they are, in memory that both share.
+ForkingPickler.register(PackedTensor, lambda packed: _reduced(packed, packed))
