@@ -9,7 +9,7 @@
 
 #include "formats.h"
 #include "fp6.h"
-#include "planes.h"
+#include "bit_planes/planes.h"
 
 extern "C" void fp6_quantize(const void*, int, int64_t, int64_t, int64_t, int64_t, int, int, float, uint8_t*, uint8_t*, float*);
 extern "C" void fp6_repack(int, int64_t, int64_t, uint8_t*, uint8_t*, uint8_t*, uint8_t*);

@@ -120,8 +120,10 @@ def commands(compiler: str) -> tuple[dict[str, list[str]], list[str]]:
     torch_flags = [*openmp, "-isystem", str(root / "include")]
     with_torch = dict.fromkeys(("op", "fp6", "quantize"), torch_flags)
     with_torch["planes"] = [*torch_flags, *(["-mprefer-vector-width=512"] if x86 else [])]
+    common = [*_FLAGS, f"-I{_SOURCES}", *(["-DFP6_X86"] if x86 else [])]
+    sources = {path.stem: path for path in _SOURCES.rglob("*.cpp")}
     objects = {
-        name: [compiler, *_FLAGS, *(["-DFP6_X86"] if x86 else []), *flags, "-c", str(_SOURCES / f"{name}.cpp")]
+        name: [compiler, *common, *flags, "-c", str(sources[name])]
         for name, flags in {**with_torch, **without_torch}.items()
     }
     # libtorch_cpu brings OpenMP's runtime: the one that torch has loaded already, by its name.
@@ -139,6 +141,6 @@ def _run_all(objects: dict[str, list[str]], link: list[str], folder: str) -> Non
 
 def _key(command_lines: list[list[str]]) -> str:
     digest = hashlib.sha256(repr((torch.__version__, command_lines)).replace(str(_SOURCES), "").encode())
-    for source in sorted(_SOURCES.glob("*.[ch]*")):
-        digest.update(source.name.encode() + source.read_bytes())
+    for source in sorted(path for path in _SOURCES.rglob("*") if path.is_file()):
+        digest.update(str(source.relative_to(_SOURCES)).encode() + source.read_bytes())
     return digest.hexdigest()[:32]

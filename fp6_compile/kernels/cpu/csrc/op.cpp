@@ -14,7 +14,7 @@
 
 #include "formats.h"
 #include "fp6.h"
-#include "planes.h"
+#include "bit_planes/planes.h"
 
 namespace {
 using at::Tensor;

@@ -2,7 +2,7 @@
 // Per 64 weights: 2 vpermb, 2 vpunpck, 2 vdpbf16ps, and 5 operations per tile for row 3.
 #include <immintrin.h>
 
-#include "strips.h"
+#include "paths/strips.h"
 
 namespace {
 

@@ -1,5 +1,5 @@
 // Plain C++, in loops that compilers vectorize: every machine without a path of its own, NEON ones among them.
-#include "strips.h"
+#include "paths/strips.h"
 
 namespace {
 

@@ -9,7 +9,7 @@
 //     V::scaled(total, acc, s)        total + acc * s
 //     V::sum(total)                   over the lanes
 //     V::floats(half, out)            the 64 weights in their order
-#include "rows.h"
+#include "paths/rows.h"
 
 namespace {
 

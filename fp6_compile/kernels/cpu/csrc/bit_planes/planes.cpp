@@ -1,6 +1,6 @@
 // Formats of any width, a row of the weight at a time: bytes of planes to codes, codes to floats, a dot product with each
 // row of x. Loops that compilers vectorize, one clone for each instruction set.
-#include "planes.h"
+#include "bit_planes/planes.h"
 
 #include <memory>
 

@@ -1,5 +1,5 @@
 // Weights on their way into AMX tiles: 32 rows at a time, decoded into a buffer [tile][half][32 rows][32 inputs].
-#include "avx512_bf16.h"
+#include "paths/avx512_bf16.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // AVX2: vpshufb looks up the two bytes of 32 magnitudes, in two halves of 16; the sign is bit 5 of every code.
 #include <immintrin.h>
 
-#include "strips.h"
+#include "paths/strips.h"
 
 namespace {
 

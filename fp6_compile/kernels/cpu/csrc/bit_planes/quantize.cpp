@@ -5,7 +5,7 @@
 #include <memory>
 
 #include "bits.h"
-#include "encode.h"
+#include "bit_planes/encode.h"
 #include "fp6.h"
 #include "parallel.h"
 

@@ -1,7 +1,7 @@
 // AVX-512 without VBMI or BF16: vpermi2w looks up 32 of 64 BF16 words, which become floats by a shift and a mask.
 #include <immintrin.h>
 
-#include "strips.h"
+#include "paths/strips.h"
 
 namespace {
 

@@ -3,7 +3,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "amx_decode.h"
+#include "paths/amx/amx_decode.h"
 
 namespace {
 
