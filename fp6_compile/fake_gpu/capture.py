@@ -15,7 +15,7 @@ from unittest import mock
 
 import torch
 
-from fp6_compile._compat import inductor as inductor
+from fp6_compile._compat import inductor
 
 # An entry made for a fake device would be served to a real one.
 _CONFIG = {"fx_graph_cache": False, inductor.BENCHMARK_FUSION: False}

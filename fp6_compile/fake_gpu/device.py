@@ -25,7 +25,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from fp6_compile._compat import inductor as inductor
+from fp6_compile._compat import inductor
 from fp6_compile.fake_gpu.attention import attention_of_a_gpu
 from fp6_compile.fake_gpu.devices import Device
 from fp6_compile.fake_gpu.driver import fake_target

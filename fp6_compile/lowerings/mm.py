@@ -1,6 +1,6 @@
 """`fp6::mm` in Inductor: a Triton template for a GPU and a known M, the eager operator for everything else.
 
-The template is the kernel's body (kernels/mm.py, imported by the generated module) with Inductor's `store_output` after it,
+The template is the kernel's body (kernels/triton/mm.py, imported by the generated module) with Inductor's `store_output` after it,
 so that bias, activation, residual and casts run on the float32 accumulator before the one store. It computes the transpose,
 [BLOCK_N, BLOCK_M]; `store_output` takes the indices as they are, and nothing is transposed back.
 
@@ -17,7 +17,7 @@ from typing import Any
 import sympy
 import torch
 
-from fp6_compile._compat import inductor as inductor
+from fp6_compile._compat import inductor
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.selection import choices as kernels_device
 from fp6_compile.kernels.triton.config import Config, constexprs

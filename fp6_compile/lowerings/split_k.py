@@ -2,7 +2,7 @@
 
 - A reduction follows, as RMSNorm's behind the residual: the template stores its parts [SPLIT_K, M, N], and their sum is an
   expression that Inductor inlines into the reduction's kernel. No launch more than without the split.
-- Otherwise the last program of each tile adds the parts up (`kernels.mm.reduce`), and bias, activation and residual stay
+- Otherwise the last program of each tile adds the parts up (`kernels.triton.mm.reduce`), and bias, activation and residual stay
   fused into its store. Where several kernels read the product, or one reads it twice (rotary embeddings), the sum would
   become a kernel of its own.
 """
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch.fx import Node
 
-from fp6_compile._compat import inductor as inductor
+from fp6_compile._compat import inductor
 from fp6_compile.kernels.triton.config import LOCKS
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -51,7 +51,7 @@ def sum_of_parts(parts: Any, count: int, dtype: torch.dtype) -> Any:
 
 
 def scratch(count: int, out: Any) -> tuple[Any, Any]:
-    """Buffers for `kernels.mm.reduce` of `out`, a layout [M, N]: parts float32 [count, M, N], and locks, zeros int32.
+    """Buffers for `kernels.triton.mm.reduce` of `out`, a layout [M, N]: parts float32 [count, M, N], and locks, zeros int32.
 
     Inductor takes both for inputs that the template only reads. That is right as far as others can see: nobody else reads
     the parts, and the locks are zeros again after every launch, so one tensor of them serves all launches of a graph.

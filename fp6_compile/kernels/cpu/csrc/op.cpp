@@ -23,8 +23,8 @@ using std::string;
 
 constexpr int kAmx = 4, kBf16Path = 3;  // as numbered in fp6.cpp
 constexpr int kAmxFrom = 2, kAmxFromInGroups = 4;  // rows from which AMX beats vdpbf16ps
-constexpr int64_t kVendorFrom = 33;  // without AMX, from so many on ATen's matmul makes up for decoding for it
-constexpr int64_t kVendorBlock = 1 << 21;  // weights decoded at a time for it: 4 MiB in 16 bits
+constexpr int64_t kAtenFrom = 33;  // without AMX, from so many on ATen's matmul makes up for decoding for it
+constexpr int64_t kAtenBlock = 1 << 21;  // weights decoded at a time for it: 4 MiB in 16 bits
 
 std::vector<string> supported_paths() {
   std::vector<string> names;
@@ -54,14 +54,6 @@ void check_groups(const Tensor& scale, int64_t k, optional<int64_t> group_size) 
 // x as [m, k]; k may be 0.
 Tensor as_matrix(const Tensor& x) {
   return x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)}).contiguous();
-}
-
-// Whether the weight has values that FP16 has not: where it is rounded to FP16 they would be infinite, and sums of them NaN.
-bool beyond_half(const Tensor& scale, const fp6::Format& format) {
-  const float* scales = scale.const_data_ptr<float>();
-  bool beyond = false;
-  for (int64_t i = 0; i < scale.numel(); i++) beyond |= !(std::abs(scales[i]) <= 65504 / format.max);
-  return beyond;
 }
 
 // The arguments of a call, checked and contiguous: what the kernel is told is what it may read.
@@ -118,27 +110,29 @@ Tensor by_kernel(const Call& call, int path) {
   return out.to(dtype);
 }
 
-// [m, n] by at::linear, with blocks of rows that `decode(first, count, out)` writes into cache: values times scale, rounded
-// once to `dtype`; x, and the result, have it, too, but for FP16 weights that must stay floats.
+// What ATen multiplies in fastest: BF16 where the machine multiplies it (avx512_bf16 and amx), else float. Its BF16 and FP16
+// matmuls are 4 to 5 times slower than its float one on AVX2, and FP16 weights could be infinite.
+bool multiplies_in_bf16(at::ScalarType dtype) { return dtype == at::kBFloat16 && fp6::paths() >> kBf16Path; }
+
+// [m, n] by at::linear, with blocks of rows that `decode(first, count, out, bf16)` writes into cache: values times scale,
+// floats, or rounded once to BF16. Sums are rounded once to x's dtype.
 template <class F>
-Tensor by_blocks(const Tensor& x_, int64_t n, int64_t granularity, bool beyond_half, const F& decode) {
-  const Tensor x = beyond_half ? x_.to(at::kFloat) : x_;
-  const at::ScalarType dtype = x.scalar_type(), decoded = dtype == at::kBFloat16 ? dtype : at::kFloat;
-  const int64_t k = x.size(1), step = std::max<int64_t>(1, kVendorBlock / k / granularity) * granularity;
+Tensor by_blocks(const Tensor& x_, int64_t n, int64_t granularity, const F& decode) {
+  const bool bf16 = multiplies_in_bf16(x_.scalar_type());
+  const Tensor x = bf16 ? x_ : x_.to(at::kFloat);
+  const int64_t k = x.size(1), step = std::max<int64_t>(1, kAtenBlock / k / granularity) * granularity;
   const Tensor out = at::empty({x.size(0), n}, x_.options());
   for (int64_t row = 0; row < n; row += step) {
     const int64_t count = std::min(step, n - row);
-    const Tensor rows = at::empty({count, k}, at::dtype(decoded));
-    decode(row, count, rows.mutable_data_ptr());
-    out.narrow(1, row, count).copy_(at::linear(x, rows.to(dtype)));
+    const Tensor rows = at::empty({count, k}, x.options());
+    decode(row, count, rows.mutable_data_ptr(), bf16);
+    out.narrow(1, row, count).copy_(at::linear(x, rows));
   }
   return out;
 }
 
 Tensor by_blocks(const Call& call, int path) {
-  const bool bf16 = call.x.scalar_type() == at::kBFloat16;
-  const bool beyond = call.x.scalar_type() == at::kHalf && beyond_half(call.scale, *call.format);
-  return by_blocks(call.x, call.n, fp6::kRows, beyond, [&](int64_t row, int64_t count, void* rows) {
+  return by_blocks(call.x, call.n, fp6::kRows, [&](int64_t row, int64_t count, void* rows, bool bf16) {
     fp6::dequantize(fp6::path_at(path), call.weight(path).from(row, count), rows, bf16);
   });
 }
@@ -183,7 +177,7 @@ struct InPlanes {
   }
 };
 
-Tensor mm_in_planes(const Tensor& x_, const InPlanes& packed, const fp6::Format& format) {
+Tensor mm_in_planes(const Tensor& x_, const InPlanes& packed) {
   const fp6::PlanesWeight& w = packed.weight;
   at::DimVector shape(x_.sizes().begin(), x_.sizes().end() - 1);
   shape.push_back(w.n);
@@ -195,9 +189,8 @@ Tensor mm_in_planes(const Tensor& x_, const InPlanes& packed, const fp6::Format&
     fp6::mm(w, floats.const_data_ptr<float>(), x.size(0), sums.mutable_data_ptr<float>());
     return sums.to(dtype).view(shape);
   }
-  const bool beyond = dtype == at::kHalf && beyond_half(packed.held.back(), format);
-  return by_blocks(x, w.n, 1, beyond, [&](int64_t row, int64_t count, void* rows) {
-           fp6::dequantize(w, row, count, rows, dtype == at::kBFloat16);
+  return by_blocks(x, w.n, 1, [&](int64_t row, int64_t count, void* rows, bool bf16) {
+           fp6::dequantize(w, row, count, rows, bf16);
          }).view(shape);
 }
 
@@ -212,13 +205,13 @@ Tensor by_rows(const Tensor& x, at::TensorList planes, const Tensor& scale, c10:
 Tensor mm(const Tensor& x, at::TensorList planes, const Tensor& scale, c10::string_view format, c10::string_view layout,
           optional<int64_t> group_size) {
   const fp6::Format* known = fp6::format_named(format);
-  const bool taken = known && parts_of(x.scalar_type());
-  if (taken && layout == "planes.v1" && x.dim() > 0)
-    return mm_in_planes(x, InPlanes(x.size(-1), planes, scale, *known, group_size), *known);
-  if (!taken || layout != "cpu.v1") return by_rows(x, planes, scale, format, layout, group_size);
+  const bool readable = known && parts_of(x.scalar_type());
+  if (readable && layout == "planes.v1" && x.dim() > 0)
+    return mm_in_planes(x, InPlanes(x.size(-1), planes, scale, *known, group_size));
+  if (!readable || layout != "cpu.v1") return by_rows(x, planes, scale, format, layout, group_size);
   const Call call(x, planes, scale, format, group_size);
   const int path = call.best_path();
-  return run(call, path, !call.fits_kernel() || (path != kAmx && call.m >= kVendorFrom), x.sizes());
+  return run(call, path, !call.fits_kernel() || (path != kAmx && call.m >= kAtenFrom), x.sizes());
 }
 
 // A path by name, one way or the other: for tests and experiments.

@@ -45,12 +45,12 @@ FP6_WIDE_CLONES void codes_of_fours(const uint8_t* plane, int64_t bytes, uint8_t
 
 // Adds the codes of a plane of width 2 (T of four bytes) or 1 (of eight), in place.
 template <class T, int width>
-void add_codes(const uint8_t* plane, int64_t bytes, int taken, bool first, uint8_t* codes) {
+void add_codes(const uint8_t* plane, int64_t bytes, int shift, bool first, uint8_t* codes) {
   static const Spread spread(width);
   for (int64_t i = 0; i < bytes; i++) {
     T known = 0;
     if (!first) std::memcpy(&known, codes + i * sizeof(T), sizeof(T));
-    known |= static_cast<T>(spread.codes[plane[i]]) << taken;
+    known |= static_cast<T>(spread.codes[plane[i]]) << shift;
     std::memcpy(codes + i * sizeof(T), &known, sizeof(T));
   }
 }
@@ -140,13 +140,13 @@ class Row {
   }
 
   const float* decode(int64_t row) {
-    for (int i = 0, taken = 0; i < 3 && w_.widths[i]; taken += w_.widths[i++]) {
+    for (int i = 0, shift = 0; i < 3 && w_.widths[i]; shift += w_.widths[i++]) {
       const uint8_t* plane = w_.planes[i] + row * w_.strides[i];
       const int64_t per_byte = 8 / w_.widths[i], bytes = (w_.k + per_byte - 1) / per_byte;
       if (w_.widths[i] == 8) std::memcpy(codes_.get(), plane, w_.k);
       if (w_.widths[i] == 4) codes_of_fours(plane, bytes, codes_.get());
-      if (w_.widths[i] == 2) add_codes<uint32_t, 2>(plane, bytes, taken, i == 0, codes_.get());
-      if (w_.widths[i] == 1) add_codes<uint64_t, 1>(plane, bytes, taken, i == 0, codes_.get());
+      if (w_.widths[i] == 2) add_codes<uint32_t, 2>(plane, bytes, shift, i == 0, codes_.get());
+      if (w_.widths[i] == 1) add_codes<uint64_t, 1>(plane, bytes, shift, i == 0, codes_.get());
     }
 #ifdef FP6_X86
     if (has_avx512()) {
