@@ -1,1 +1,17 @@
-"""Measurements of the kernels, each beside its rivals in the same run."""
+"""Measurements, each beside alternatives in the same run. A package is a command of its name, too.
+
+all          everything that is measured on a GPU machine
+linear       matmuls on a GPU; plots draws them, tune finds the fastest tile
+plots
+tune
+cpu          matmuls on a CPU
+sass         the Triton kernel's machine code against a budget, without a GPU
+decode       milliseconds per token of whole models
+accuracy     what formats and algorithms cost in quality
+formats      SQNR of formats on the shipped model's weights
+packing      memory and time of quantize_, save and load
+calibration  memory and time of calibrate_
+fingerprint  hashes of everything that the package computes, to compare two commits
+system       versions, bandwidth and memory of the machine
+results      files of results; predictions are not among them
+"""

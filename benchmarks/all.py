@@ -1,21 +1,21 @@
-"""Everything that a GPU machine is asked for, in two commands of under eight minutes each.
+"""All tests and measurements on a GPU machine, in two commands of under eight minutes each.
 
 `python -m benchmarks.all`:
 
     tests    the tests marked gpu: first the 64 codes, bit for bit, and integer products, exactly
     quick    benchmarks.linear on four weights, FP16
-    linear   all weights and both dtypes at four batch sizes, as far as the time goes, resumed into the same file
-    decode   examples.decode_latency, its smallest size
+    linear   all weights and both dtypes at four batch sizes, until the time is up, into the same file
+    decode   benchmarks.decode, its smallest size
 
-`python -m benchmarks.all decode`: examples.decode_latency, from empty caches, as far as the time goes:
+`python -m benchmarks.all decode`: benchmarks.decode, from empty caches, until the time is up:
 
-    8b       fp6, inductor and eager, batch 1; then 70b, fp6 alone, where its 53 GB have room; then 1b, batch 1 and 16
+    8b       fp6, inductor and eager, batch 1; then 70b, fp6 alone, where its 53 GB fit; then 1b, batch 1 and 16
 
-Nothing is downloaded and nothing but torch, Triton, pytest and this checkout is used. Everything goes into one new folder
-of benchmarks/results as it comes: the output of each stage, rows as they are measured, summary.json after each stage. Failed
-tests do not stop the benchmarks; the exit code is then 1, and 2 on a machine without a GPU.
+Nothing is downloaded; only torch, Triton, pytest and this checkout are needed. Results are written into one new folder of
+benchmarks/results: the output of each stage, rows as they are measured, summary.json after each stage. Failed tests do not
+stop the benchmarks; the exit code is then 1, and 2 on a machine without a GPU.
 
---dry-run tries the same wiring without a GPU, on the CPU, in a temporary folder.
+--dry-run runs the same commands without a GPU, on the CPU, in a temporary folder.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import environment
-from benchmarks.results import FOLDER
+from benchmarks.linear.results import FOLDER
+from benchmarks.system import environment
 
 SECONDS = 465.0  # for all stages; starting Python and writing take the rest of eight minutes
 KILL_AFTER = 5.0  # a stage that overruns is asked to stop, and killed after this long
@@ -64,7 +64,7 @@ def decode_stages(folder: Path, dry_run: bool) -> list[Stage]:
     def stage(size: str, seconds: float, *arguments: str) -> Stage:
         name = f"{'stand-in_' if dry_run else ''}decode_{size}"
         files = ("--out", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png"))
-        command = (*PYTHON, "examples.decode_latency", "--size", "tiny" if dry_run else size, *how, *files)
+        command = (*PYTHON, "benchmarks.decode", "--size", "tiny" if dry_run else size, *how, *files)
         return Stage(f"decode_{size}", (*command, *arguments), seconds, must_pass=True)
 
     # Six bits first: a stage that runs out of time keeps what it has.
@@ -87,17 +87,17 @@ def stages(folder: Path, dry_run: bool) -> list[Stage]:
         Stage("quick", (*linear, "--quick", "--dtype", "fp16", "--seconds", "60"), 75, must_pass=True),
         Stage("linear", (*linear, "--resume", "--m", "1", "16", "64", "256", "--seconds", "95"), 110, must_pass=True),
     ]
-    return [*found, Stage("decode", (*python, "examples.decode_latency", "--once"), 70)]
+    return [*found, Stage("decode", (*python, "benchmarks.decode", "--once"), 70)]
 
 
 def gpu_tests() -> list[str]:
-    """The test files with the mark. Others may import what is installed for development only."""
+    """The test files with the mark gpu. Others may import packages that are only installed for development."""
     files = sorted((environment.ROOT / "tests").glob("test_*.py"))
     return [str(path.relative_to(environment.ROOT)) for path in files if "mark.gpu" in path.read_text()]
 
 
 def run(stage: Stage, folder: Path, seconds: float) -> dict[str, Any]:
-    """Run `stage` for at most `seconds`, its output shown and kept in NAME.txt. Returns what the summary says of it."""
+    """Run `stage` for at most `seconds`; its output is printed and kept in NAME.txt. Returns its entry of the summary."""
     start = time.monotonic()
     with (folder / f"{stage.name}.txt").open("w") as log:
         # A group of its own, so that a stage's own children stop with it.
@@ -118,7 +118,7 @@ def _wait(process: subprocess.Popen[Any], seconds: float) -> int | str:
     except subprocess.TimeoutExpired:
         _stop(process)
         return "out of time"
-    except BaseException:  # interrupted: nothing goes on behind our back
+    except BaseException:  # interrupted: stop the stage, too
         _stop(process)
         raise
 
@@ -133,7 +133,7 @@ def _stop(process: subprocess.Popen[Any]) -> None:
 
 
 def run_all(todo: Sequence[Stage], folder: Path, about: dict[str, Any], seconds: float = SECONDS) -> int:
-    """Every stage in its own time and what is left of `seconds`; summary.json after each. Returns the exit code."""
+    """Run every stage, in its own time or what is left of `seconds`; write summary.json after each. Returns an exit code."""
     until = time.monotonic() + seconds
     done: list[dict[str, Any]] = []
     for stage in todo:
@@ -152,7 +152,7 @@ def main() -> int:
     """See the module's docstring for the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="kernels", choices=["kernels", "decode"])
-    parser.add_argument("--dry-run", action="store_true", help="the same wiring on the CPU; times mean nothing")
+    parser.add_argument("--dry-run", action="store_true", help="the same commands on the CPU; times mean nothing")
     parser.add_argument("--out", type=Path, help="a new folder for everything")
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():

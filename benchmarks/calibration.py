@@ -3,11 +3,10 @@
 The 1.1 B Llama shape (22 blocks of width 2048), random BF16 weights, in safetensors files. Each algorithm
 runs in a process of its own, on a model whose parameters are on the meta device: blocks are read when their turn comes.
 
-*resident*: most anonymous memory above what the process held before, sampled every 5 ms (benchmarks/packing.py). Beside it
-stand what it is made of: the packed model, a block's 16-bit weights (or the largest weight, the head), and the Hessians of a
-block, which only GPTQ keeps.
+*resident*: the most anonymous memory above what the process held before, sampled every 5 ms. Beside it are its parts: the
+packed model, a block's 16-bit weights (or the largest weight, the head), and a block's Hessians, which only GPTQ keeps.
 
-A table for people, and last one line of JSON. --json writes it to a file.
+It prints its rows, and last one line of JSON. --json writes it to a file.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 import fp6_compile
-from benchmarks.cpu import environment
-from benchmarks.packing import resident_peak
+from benchmarks.decode.model.llama import SIZES
+from benchmarks.system.environment import cpu
+from benchmarks.system.memory import resident_peak
 from examples.code_lm.model import CodeLM
-from examples.decode.llama import SIZES
 from fp6_compile.calibration.algorithms import GPTQ, Algorithm, Weighted
 
 ALGORITHMS: dict[str, Algorithm] = {"weighted": Weighted(steps=16), "gptq": GPTQ()}
@@ -92,7 +91,7 @@ def main() -> None:
     if arguments.algorithm:
         print(json.dumps(run(arguments)))
         return
-    about = {**environment(), "size": arguments.size, "format": arguments.format, "group_size": arguments.group_size}
+    about = {**cpu(), "size": arguments.size, "format": arguments.format, "group_size": arguments.group_size}
     about["note"] = arguments.note
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     rows = []

@@ -14,32 +14,33 @@ them, seen at every operator (in a run of its own, because watching takes time).
 the process held before, sampled every 5 ms. Seconds per GB are of 16-bit weights that are packed; reading them once, by the
 fastest of torch's reductions, is the yardstick.
 
-A table for people, and last one line of JSON. --json writes it to a file.
+It prints a table, and last one line of JSON. --json writes it to a file.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fp6_compile
-from benchmarks.cpu import environment, read_bandwidth
+from benchmarks.system.bandwidth import read_bandwidth
+from benchmarks.system.environment import cpu
+from benchmarks.system.memory import resident_peak
 
 STEPS = ("memory", "stream", "save", "load")
 WIDTH, HIDDEN, BLOCKS, TOKENS = 2048, 8192, 16, 128256
@@ -63,7 +64,7 @@ def make(blocks: int, tokens: int) -> nn.Module:
 
 
 class TensorPeak(TorchDispatchMode):
-    """The most bytes of tensor storages that were alive at once, at the end of an operator."""
+    """The most bytes of tensor storages that were alive at the same time, checked after every operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,41 +85,14 @@ class TensorPeak(TorchDispatchMode):
         if known is None or known[0].expired():
             self.sizes[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
             self.bound += storage.nbytes()
-            if self.bound > self.most:  # perhaps: the dead are counted out only now
+            if self.bound > self.most:  # an upper bound: subtract the storages that are gone
                 self.sizes = {key: (ref, size) for key, (ref, size) in self.sizes.items() if not ref.expired()}
                 self.bound = sum(size for _, size in self.sizes.values())
                 self.most = max(self.most, self.bound)
 
 
-def resident() -> int:
-    """Anonymous resident bytes of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
-@contextlib.contextmanager
-def resident_peak(found: dict[str, Any]) -> Iterator[None]:
-    """Puts the most that `resident` gave while the context was open into `found`, and its seconds."""
-    before, most, done = resident(), 0, threading.Event()
-
-    def sample() -> None:
-        nonlocal most
-        while not done.is_set():
-            most = max(most, resident())
-            done.wait(0.005)
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    start = time.perf_counter()
-    yield
-    found["seconds"] = round(time.perf_counter() - start, 2)
-    done.set()
-    thread.join()
-    found["resident_peak_mb"] = round((max(most, resident()) - before) / 1e6)
-
-
 def step(name: str, folder: Path, blocks: int, tokens: int) -> tuple[nn.Module, Callable[[], Any]]:
-    """The model a step works on, as it is before, and the step."""
+    """The model before a step, and the step as a function."""
     source, packed = folder / "source", folder / "packed"
     if name == "memory":
         model = make(blocks, tokens)
@@ -173,7 +147,7 @@ def main() -> None:
         print(json.dumps(run_step(arguments)))
         return
     torch.set_num_threads(arguments.threads or torch.get_num_threads())
-    about = {**environment(), "read_gb_s": round(read_bandwidth(time.perf_counter), 1)}
+    about = {**cpu(), "read_gb_s": round(read_bandwidth(time.perf_counter), 1)}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
@@ -212,18 +186,9 @@ def _measure(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    columns = [
-        "step",
-        "seconds",
-        "seconds_per_gb",
-        "times_reading",
-        "tensor_peak_mb",
-        "resident_peak_mb",
-        "model_mb",
-        "largest_mb",
-    ]
-    for row in [dict.fromkeys(columns, ""), *rows]:
-        print("  ".join(f"{row[column] if row['step'] else column!s:>16}" for column in columns))
+    columns = ["step", "seconds", "seconds_per_gb", "times_reading"]
+    columns += ["tensor_peak_mb", "resident_peak_mb", "model_mb", "largest_mb"]
+    print(tabulate([[row[column] for column in columns] for row in rows], columns, tablefmt="plain"))
 
 
 def _arguments() -> argparse.Namespace:

@@ -3,7 +3,7 @@
 RESULT_speedup.png: cuBLAS' time over ours, over the batch size, a panel per measure and dtype, a line per weight.
 RESULT_roofline.png: TFLOP/s over FLOP per byte, under the ceilings that the file holds.
 
-What is not measured says so across the picture.
+A picture of predictions or stand-ins says across it that nothing was measured.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import Row
+from benchmarks.linear.results import Row
 
 LIMIT = 16 / 6  # bytes of sixteen bits over bytes of six
 STYLES = {"fp6": "-", "torchao-int4": ":", "gemlite-int4": "-.", "humming-int6": "--"}

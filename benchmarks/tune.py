@@ -1,4 +1,4 @@
-"""Which tile is the fastest, per device: `python -m benchmarks.tune [--out FILE]` on a GPU machine.
+"""Find the fastest tile for each problem on this GPU: `python -m benchmarks.tune [--out FILE]`.
 
 Times every candidate for a weight [N, K], a dtype, a group size and the largest M of each bucket, in a CUDA graph over
 rotating weights (timing.py), each result compared with float32 first. The table, rewritten after every problem:
@@ -27,12 +27,13 @@ from unittest import mock
 
 import torch
 
-from benchmarks import environment, timing
-from benchmarks.bench import TOLERANCE, Ring
-from benchmarks.cases import DTYPES, NARROW, WIDE
-from benchmarks.providers import SixBit, Spec
-from benchmarks.results import Row
-from benchmarks.shapes import SHAPES, Shape, get_shape
+from benchmarks.linear import timing
+from benchmarks.linear.bench import TOLERANCE, Ring
+from benchmarks.linear.providers import SixBit, Spec
+from benchmarks.linear.results import Row
+from benchmarks.linear.shapes import SHAPES, Shape, get_shape
+from benchmarks.sass.cases import DTYPES, NARROW, WIDE
+from benchmarks.system import environment
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.selection.choices import choices
 from fp6_compile.kernels.selection.tuned import file_of
@@ -45,9 +46,9 @@ Tile = Config | None  # None: ATen's matmul on a dequantized copy
 
 
 def candidates(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, device: torch.device) -> list[Tile]:
-    """Tiles worth timing, the heuristic's first; then what it gives for other sizes of weight, up to M and one bucket on.
+    """Tiles worth timing: first the heuristic's, then its tiles for other sizes of weight and for M up to the next bucket.
 
-    Of those only with K whole: how finely K can be split depends on the problem.
+    The latter with K whole: how finely K can be split depends on the problem.
     """
     how = (k, group_size, dtype, get_format("e3m2"))
     others = [
@@ -58,7 +59,7 @@ def candidates(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtyp
 
 
 def fastest(tiles: Sequence[Tile], seconds: Callable[[Tile], float]) -> Row:
-    """The row's columns for the best of `tiles`, the first of which is the heuristic's. A tile that raises is passed over.
+    """The row's columns for the best of `tiles`, the first of which is the heuristic's. A tile that raises is skipped.
 
     Raises RuntimeError, from the last failure, when all of them do.
     """
@@ -67,7 +68,7 @@ def fastest(tiles: Sequence[Tile], seconds: Callable[[Tile], float]) -> Row:
     for tile in tiles:
         try:
             times[tile] = seconds(tile)
-        except Exception as error:  # too much shared memory, a wrong result: not this tile
+        except Exception as error:  # too much shared memory, or a wrong result
             failure = error
     if not times:
         raise RuntimeError(f"none of {len(tiles)} tiles ran") from failure
@@ -81,7 +82,7 @@ def fastest(tiles: Sequence[Tile], seconds: Callable[[Tile], float]) -> Row:
 
 
 def with_tile(tile: Tile) -> Any:
-    """The launcher takes `tile` for everything: the one place that knows where it asks."""
+    """Make the launcher use `tile` for every problem, until the context ends."""
     from fp6_compile.kernels.selection import launch
 
     return mock.patch.object(launch, "choices", return_value=(tile,))

@@ -1,180 +1,71 @@
-"""Milliseconds per token of a Llama-shaped model with random weights, or of a local transformers model, by width of weights.
+"""Milliseconds per token of a decode loop: Inductor with 16-bit weights, then backend="fp6" on the same model.
 
-    python -m examples.decode_latency --size 1b --device cpu --threads 1 --batch 1 4
-    python -m examples.decode_latency --size 8b --batch 1 4 16 64 --out decode_8b.json --plot decode_8b.png    # on a GPU
-    python -m examples.decode_latency --model FOLDER --temperature 0.8 --steps-per-graph 8
+    python -m examples.decode_latency                  8 layers of a 1.1 B Llama, random weights
+    python -m examples.decode_latency --layers 22      all of its layers
 
-Prefill and decode are compiled; a decode step is one graph with the choice of the token inside, and on a GPU a CUDA graph.
-Every provider has a process of its own (its memory is then its own), and has had another one before, with empty caches, to
-see how long compilation takes. On a CPU the processes take turns, round by round, because other work on the machine comes
-and goes; on a GPU each has it alone (--turns, --alone). A card for people; the last line is one JSON document.
+A decode step is one token through the model, with a static KV cache. It reads every weight once, and reading them takes most
+of its time: six bits save time where weights come from memory and not from a cache.
 
-The linears are six bits wide, the head, too (--head 16 leaves it). What it leaves out: trained weights.
+`python -m benchmarks.decode` measures with more care: percentiles, batches, memory, other widths, each in its own process.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
-import json
 import statistics
-import tempfile
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from benchmarks.bandwidth import read_bandwidth
-from benchmarks.environment import gpu, versions
-from examples.decode.arguments import parse
-from examples.decode.card import show, summary, write
-from examples.decode.llama import SIZES, parameter_count
-from examples.decode.measure import Settings
-from examples.decode.plot import draw
-from examples.decode.worker import Worker
+from examples.code_lm.model import CodeLM, KVCache, ModelConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PROMPT, WARM_UP = 16, 4  # tokens; the first steps compile, and record a CUDA graph
+
+
+def make(layers: int) -> CodeLM:
+    """A model of TinyLlama-1.1B's width in BF16, with random weights."""
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(DEVICE):
+        model = CodeLM(ModelConfig(vocab=32000, dim=2048, layers=layers, heads=32, kv_heads=4, hidden=5632))
+    torch.set_default_dtype(torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def decode(model: CodeLM, step: Callable[[Tensor, KVCache, Tensor], Tensor], count: int) -> list[float]:
+    """Seconds of each of `count` greedy decode steps after a prompt, by `step`, the model or a compiled version of it."""
+    like = model.lm_head.weight
+    cache = KVCache.allocate(model.config, 1, PROMPT + WARM_UP + count, dtype=like.dtype, device=like.device)
+    positions = torch.arange(PROMPT, device=like.device)
+    token = model(positions[None], cache, positions)[:, -1:].argmax(-1)
+    position, seconds = positions[-1:] + 1, []
+    for _ in range(WARM_UP + count):
+        start = time.perf_counter()
+        token = step(token, cache, position)[:, -1:].argmax(-1)
+        position = position + 1
+        if like.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return seconds[WARM_UP:]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, measure, print."""
-    arguments, settings = parse(argv)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    document: dict[str, Any] = {**vars(arguments), **about(arguments), "out": None, "plot": None}
-    document["results"] = {batch: {} for batch in arguments.batch}
-    with tempfile.TemporaryDirectory() as caches:
-        settings = [dataclasses.replace(each, cache=_folder(caches, each.provider)) for each in settings]
-        for together in [[each] for each in settings] if arguments.alone else [settings]:
-            with Providers(together, arguments) as providers:
-                for batch in arguments.batch:
-                    document["results"][batch] |= providers.measure(batch)
-                    write(document, arguments.out)
-    for batch, results in document["results"].items():
-        show(f"{document['model']}, batch {batch}, {document['device_name']}", results)
-    if arguments.plot:
-        try:
-            draw(document, arguments.plot)
-        except (ImportError, ValueError) as error:  # the figures are still there to be printed
-            print(f"no picture: {error}")
-    print(json.dumps(document))
-
-
-def about(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The machine, the software, and the model."""
-    cuda, size = arguments.device == "cuda", SIZES.get(arguments.model)
-    known = {**versions(), "parameters": parameter_count(size) if size else None}
-    if cuda:
-        return {**known, **gpu(), "device": "cuda", "device_name": torch.cuda.get_device_name()}
-    from benchmarks.cpu import environment
-
-    return {**known, **environment(), "device_name": f"CPU, {torch.get_num_threads()} thread(s)"}
-
-
-class Providers:
-    """Providers whose processes live at the same time and take turns."""
-
-    def __init__(self, settings: list[Settings], arguments: argparse.Namespace) -> None:
-        self.arguments = arguments
-        self.failed: dict[str, str] = {}
-        self.cold: dict[str, dict[str, Any]] = {}
-        self.workers: dict[str, Worker] = {}
-        self.bandwidth: float | None = None
-        for each in settings:
-            self._guarded(each.provider, self._start, each)
-
-    def __enter__(self) -> Providers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers.values():
-            worker.close()
-
-    def measure(self, batch: int) -> dict[str, dict[str, Any]]:
-        """What is known of each provider at a batch size, or its error."""
-        first = batch == self.arguments.batch[0]
-        known = {name: self._guarded(name, self._prepare, name, batch, first) for name in list(self.workers)}
-        rounds = self._rounds()
-        results = {name: {"error": error} for name, error in self.failed.items()}
-        for name in list(self.workers):
-            prefill, seconds = rounds[name]
-            more = self._more(name, statistics.median(seconds))
-            results[name] = summary({**known[name], **more}, seconds, prefill, batch, self.bandwidth)
-        return results
-
-    def _start(self, settings: Settings) -> None:
-        name, batch = settings.provider, self.arguments.batch[0]
-        if settings.provider != "eager" and not self.arguments.once:
-            print(f"{name}: building and compiling for batch {batch}, with empty caches", flush=True)
-            worker = Worker(settings, _say)
-            try:
-                self.cold[name] = worker.prepare(batch)
-            finally:
-                worker.close()
-        print(f"{name}: building", flush=True)
-        self.workers[name] = Worker(settings, _say)
-
-    def _prepare(self, name: str, batch: int, first: bool) -> dict[str, Any]:
-        known = self.workers[name].prepare(batch)
-        taken = known.pop("compile_s")
-        print(f"{name}: ready for batch {batch} after {taken:.1f} s", flush=True)
-        warm = first and name in self.cold
-        cold = self.cold[name]["compile_s"] if warm else taken
-        if name == "eager":
-            return {**self.workers[name].known, **known}
-        times = {"compile_cold_s": cold, "compile_warm_s": taken if warm else None}
-        return {**self.workers[name].known, **known, **times}
-
-    def _rounds(self) -> dict[str, tuple[list[float], list[float]]]:
-        """Seconds of prefills, and of steps per token, of each."""
-        taken: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in self.workers}
-        for number in range(1, self.arguments.rounds + 1):
-            # Between the rounds, because on a CPU it changes with what else is running.
-            self.bandwidth = max(self.bandwidth or 0.0, read_bandwidth(device=self.arguments.device))
-            for name in list(self.workers):
-                result = self._guarded(name, self.workers[name].round)
-                if result is not None:
-                    prefill, seconds, _ = result
-                    taken[name][0].append(prefill)
-                    taken[name][1].extend(seconds)
-                    print(f"round {number}, {name}: {1e3 * statistics.median(seconds):.2f} ms per token", flush=True)
-        return taken
-
-    def _more(self, name: str, p50: float) -> dict[str, Any]:
-        """What is measured after the times, so that it cannot disturb them; without what fails."""
-        worker, more = self.workers[name], dict[str, Any]()
-        asked = {"peak_bytes": worker.peak, "kernels": worker.kernels}
-        if self.arguments.plot:
-            asked["breakdown"] = functools.partial(worker.breakdown, p50 * 1e3)
-        if self.arguments.lora and name not in ("int8", "int4"):
-            asked["adapter"] = worker.adapter
-        for what, ask in asked.items():
-            try:
-                more[what] = ask()
-            except RuntimeError as error:
-                print(f"{name}: no {what}: {error}", flush=True)
-        adapter = more.pop("adapter", {})
-        return {**more, **adapter}
-
-    def _guarded(self, name: str, function: Any, *args: Any) -> Any:
-        """The function's result; a provider that fails is none any more, and the others go on."""
-        try:
-            return function(*args)
-        except RuntimeError as error:
-            print(f"{name}: {error}", flush=True)
-            self.failed[name] = str(error)
-            if name in self.workers:
-                self.workers.pop(name).close()
-            return None
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-def _folder(caches: str, provider: str) -> str:
-    folder = Path(caches) / provider
-    folder.mkdir()
-    return str(folder)
+    """Compile by each backend, decode, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8, help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=32, help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    model = make(arguments.layers)
+    print(f"{model.parameter_count() / 1e9:.2f} B parameters, {DEVICE}", flush=True)
+    for backend in ("inductor", "fp6"):
+        torch._dynamo.reset()
+        mode = "reduce-overhead" if DEVICE == "cuda" else None
+        step = torch.compile(model, backend=backend, mode=mode, fullgraph=True, dynamic=False)
+        seconds = decode(model, step, arguments.tokens)
+        print(f"{backend:<8} {1e3 * statistics.median(seconds):8.2f} ms per token", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m examples.demo        (or: make demo)
 
 Takes the byte-level Llama of examples/code_lm (trained on the Python standard library), compiles it with backend="fp6", and
-shows what was taken, what it costs in held-out bits per byte, what it writes, and how long a token takes. Every figure is
+shows what was quantized, the cost in held-out bits per byte, what it writes, and how long a token takes. All figures are
 measured when you run it, on the device you run it on.
 """
 
@@ -62,9 +62,9 @@ def show_quality(model: CodeLM) -> None:
         report = fp6_compile.last_report()
         assert report is not None
         if len(rows) == 1:
-            _title("What was taken")
+            _title("What was quantized")
             print(_shortened(str(report)))
-            _title(f"Held-out bits per byte ({windows.numel() / 1e3:.0f} kB of source the model has not seen)")
+            _title(f"Held-out bits per byte ({windows.numel() / 1e3:.0f} kB of source that it was not trained on)")
             print(f"{'':<20} {'bits per weight':>15} {'weights':>13} {'bits per byte':>14} {'loss':>9}")
             print(rows[0])
         size, loss = report.bytes_after, round(bits - baseline, 4) + 0.0  # + 0.0: no minus before a zero
@@ -79,9 +79,9 @@ def _shortened(report: str, layers: int = 1) -> str:
     """The report without the layers that are like the first."""
     lines = report.splitlines()
     kept = [line for line in lines if "layers." not in line or any(f"layers.{i}." in line for i in range(layers))]
-    place = next(i for i, line in enumerate(kept) if "layers." in line)
+    first = next(i for i, line in enumerate(kept) if "layers." in line)
     rest = len(lines) - len(kept)
-    end = place + sum("layers." in line for line in kept)
+    end = first + sum("layers." in line for line in kept)
     return "\n".join([*kept[:end], f"  ... and {rest} more in the other layers", *kept[end:]])
 
 

@@ -2,7 +2,7 @@
 
     python -m examples.graph_picture [--output docs/graph.png]
 
-The two graphs are captured, not made up: Inductor runs a user's own passes before and after ours, and here they take notes.
+The two graphs are real: Inductor runs custom passes before and after the backend's, and here they record the graph.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Gate(nn.Module):
         return F.relu(self.gate(x)) * self.up(x)
 
 
-class Notes(CustomGraphPass):
-    """Keeps the edges of the graph it is shown."""
+class Recorder(CustomGraphPass):
+    """A pass that records the edges of the graph."""
 
     def __call__(self, graph: Graph) -> None:
         self.edges = edges(graph)
 
     def uuid(self) -> None:
-        """Not cached: a cached graph would not pass by here."""
+        """None: no caching, because the pass does not run for a cached graph."""
 
 
 def edges(graph: Graph) -> Edges:
@@ -66,7 +66,7 @@ def edges(graph: Graph) -> Edges:
     return found
 
 
-def _label(node: Node, taken: Edges) -> str:
+def _label(node: Node, known: Edges) -> str:
     """ "kind#number", or "kind#" for the only one."""
     if node.op == "placeholder":
         if node.meta["val"].dtype == torch.float16:
@@ -74,12 +74,12 @@ def _label(node: Node, taken: Edges) -> str:
         # w4, w2 and scale follow one another, and belong to the one that reads them.
         return f"w4, w2, scale#{next(iter(node.users)).name}"
     name = ".".join(str(node.target).split(".")[:2]).removeprefix("aten.")
-    return f"{name}#{sum(label.startswith(name + '#') for label in taken)}"
+    return f"{name}#{sum(label.startswith(name + '#') for label in known)}"
 
 
 def capture() -> tuple[Edges, Edges]:
     """The joint graph of `Gate` before and after the pass."""
-    before, after = Notes(), Notes()
+    before, after = Recorder(), Recorder()
     model = Gate().half().requires_grad_(False)
     settings: Any = {"joint_custom_pre_pass": before, "joint_custom_post_pass": after}
     torch.compile(model, backend="fp6", options={"inductor": settings})(torch.randn(4, 256).half())
@@ -87,7 +87,7 @@ def capture() -> tuple[Edges, Edges]:
 
 
 def draw(axes: Axes, graph: Edges, title: str) -> None:
-    """Boxes over what reads them, arrows down."""
+    """Draw each node above those that read it, with arrows down."""
     output = next(reversed(graph))
     across: dict[str, float] = {}
     _spread(output, graph, across)
@@ -106,7 +106,7 @@ def draw(axes: Axes, graph: Edges, title: str) -> None:
 
 
 def _spread(label: str, graph: Edges, across: dict[str, float]) -> None:
-    """Under the inputs that nothing else has met before; a column of its own for what has none."""
+    """Place a node below the inputs that are placed with it; a node without such inputs gets a column of its own."""
     fresh = [source for source in graph[label] if source not in across]
     for source in fresh:
         if source not in across:

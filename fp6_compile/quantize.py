@@ -9,6 +9,7 @@ Scales are [G, N], not [N, G]: the kernel's lanes walk along N and read neighbou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -32,7 +33,7 @@ _LARGE_BLOCK = 1 << 24
 
 
 class Grid(Protocol):
-    """Numbers that codes stand for: a Format, or one of the grids that formats are compared with (algorithms/grids.py)."""
+    """The numbers that codes stand for: a Format, or integers and others that formats are compared with."""
 
     @property
     def name(self) -> str:
@@ -115,6 +116,22 @@ def squared_error(weight: Tensor, fmt: Grid, group_size: int | None, scale: str)
         codes, scales = quantize(exact, fmt, group_size, scale)
         total += (dequantize(codes, scales, fmt, group_size, torch.float32) - exact).square_().sum(dtype=torch.float64)
     return float(total)
+
+
+def sqnr(weight: Tensor, approximation: Tensor) -> float:
+    """Signal to quantization noise in dB, 10 log10(sum w^2 / sum (w - approximation)^2), of two tensors of one shape.
+
+    In float64; infinite where nothing is lost.
+    """
+    signal = noise = 0.0
+    pairs = zip(weight.flatten().split(_LARGE_BLOCK), approximation.flatten().split(_LARGE_BLOCK), strict=True)
+    for exact, rounded in pairs:
+        exact = exact.double()
+        signal += float(exact.square().sum())
+        noise += float((exact - rounded).square_().sum())
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
 def choose_format(

@@ -8,13 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from examples.accuracy import __main__ as command
-from examples.accuracy import corpus, metrics, study, table
-from examples.accuracy.compress import compressed
-from examples.accuracy.encoder import Encoder, find_encoder
-from examples.accuracy.language import CausalModel, CodeModel, Sample
-from examples.accuracy.rows import Rows
-from examples.accuracy.settings import Setting
+from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy import report, study
+from benchmarks.accuracy.compress import compressed
+from benchmarks.accuracy.rows import Rows
+from benchmarks.accuracy.settings import Setting
+from benchmarks.accuracy.subjects import corpus, metrics
+from benchmarks.accuracy.subjects.encoder import Encoder, find_encoder
+from benchmarks.accuracy.subjects.language import CausalModel, CodeModel, Sample
 from examples.code_lm import data
 
 SMALL = Sample(windows=3, length=64, prompts=3, greedy=2, context=48, count=6, calibration=4, batch=2)
@@ -46,12 +47,6 @@ def test_kl_divergence_is_torchs_own():
     # A coin that never shows heads costs one bit against a fair one.
     sure, fair = torch.tensor([0.0, -1e4]), torch.tensor([1.0, 1.0])
     assert metrics.kl_divergence(sure, fair).item() == pytest.approx(1)
-
-
-def test_sqnr_of_known_noise():
-    weight = torch.ones(8, 8)
-    assert metrics.sqnr(weight, weight + 0.1) == pytest.approx(20, abs=1e-4)
-    assert metrics.sqnr(weight, weight) == math.inf
 
 
 def test_common_prefix():
@@ -188,7 +183,7 @@ def test_rows_survive_a_kill_and_are_not_measured_again(tmp_path, code_model, mo
     study.run(code_model, settings, rows)
     assert measured == settings[2:]
     assert [row["commit"] for row in Rows(path, {}).rows] == ["a", "a", "b"]
-    lines = table.lines(table.with_ratios(rows.of(rows.subjects[0])))
+    lines = report.table(report.with_ratios(rows.of(rows.subjects[0]))).splitlines()
     assert lines[2].split()[:4] == ["e3m2", "channel", "rtn", "6.11"]
     assert "1.000 ± 0.000" in lines[2]
     assert "[1/1] e2m3 g64 rtn" in capsys.readouterr().out

@@ -3,25 +3,22 @@
 import pytest
 import torch
 
+from benchmarks.accuracy.grids import Asymmetric, Integer, Power, nupes
 from fp6_compile import formats as all_formats
 from fp6_compile.calibration.algorithms import (
     GPTQ,
     RTN,
-    Asymmetric,
     BiasCorrection,
     Clip,
-    Integer,
     LearnedRounding,
     LoRC,
-    Power,
     PowerOfTwo,
     Search,
     Statistics,
     Weighted,
-    nupes,
     output_error,
 )
-from fp6_compile.calibration.algorithms.rounding import neighbours
+from fp6_compile.calibration.algorithms.learned_rounding import neighbours
 from fp6_compile.formats import Format
 from fp6_compile.quantize import dequantize, quantize
 
@@ -303,7 +300,7 @@ def test_zero_points(group_size):
         assert (error <= (part.amax(1) - part.amin(1)) / 15 / 2 * 1.0001).all()
     assert found.bytes == 48 * 80 // 2 + 8 * found.scale.numel()
     stats = Statistics.of(x, hessian=True)
-    fed_back = GPTQ(Asymmetric())(w, Integer(4, halves=True), group_size, stats)
+    fed_back = Asymmetric(GPTQ())(w, Integer(4, halves=True), group_size, stats)
     assert _error(w, fed_back.dequantize(), x).sum() < 0.7 * _error(w, found.dequantize(), x).sum()
 
 

@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench, environment, linear, providers, timing
-from benchmarks.results import COLUMNS, FOLDER, Results
-from benchmarks.shapes import QUICK, SHAPES, get_shape
+from benchmarks.linear import __main__ as linear
+from benchmarks.linear import bench, providers, timing
+from benchmarks.linear.results import COLUMNS, FOLDER, Results
+from benchmarks.linear.shapes import QUICK, SHAPES, get_shape
+from benchmarks.system import environment
 
 ROOT = Path(__file__).parent.parent
 ABOUT = {"kind": "measured", "device": "a device", "torch": "1", "triton": "2", "commit": "3", "copy_gb_s": 100.0}
 
 
 def test_benchmarks_do_not_import_tests():
-    for path in (ROOT / "benchmarks").glob("*.py"):
+    for path in (ROOT / "benchmarks").rglob("*.py"):
         names = {node.module for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)}
         assert not any((name or "").startswith("tests") for name in names), path
 

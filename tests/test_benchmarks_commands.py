@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from benchmarks import all as everything
-from benchmarks import environment, linear, tune
-from examples.decode.arguments import parse
+from benchmarks import tune
+from benchmarks.decode.arguments import parse
+from benchmarks.linear import __main__ as linear
+from benchmarks.system import environment
 from fp6_compile.kernels.selection import choices as device
 from fp6_compile.kernels.selection import launch
 from fp6_compile.kernels.triton.config import Config, config_for

@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
-from benchmarks import bench, linear, plots, simulate
-from benchmarks.shapes import get_shape
+from benchmarks import plots
+from benchmarks.linear import __main__ as linear
+from benchmarks.linear import bench, simulate
+from benchmarks.linear.shapes import get_shape
 from fp6_compile.formats import FORMATS
 from fp6_compile.layouts.packing import GPU_LAYOUTS, pack
 

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 import fp6_compile
+from benchmarks.accuracy.grids import Integer
 from fp6_compile import PackedTensor, calibrate_, quantize_
 from fp6_compile.calibration.algorithms import (
     GPTQ,
     RTN,
     BiasCorrection,
     Clip,
-    Integer,
     LoRC,
     Needs,
     Statistics,

@@ -246,13 +246,13 @@ def test_code_of_a_folder_for_a_known_configuration(stranger, tmp_path, capsys):
     assert not (tmp_path / "mark").exists()
 
 
-def test_examples_do_not_run_code_of_a_folder(stranger, tmp_path, capsys):
+def test_benchmarks_do_not_run_code_of_a_folder(stranger, tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is an optional extra")
-    from examples import decode_latency
-    from examples.accuracy import __main__ as accuracy
+    from benchmarks.accuracy import __main__ as accuracy
+    from benchmarks.decode import __main__ as decode
 
     (tmp_path / "text").write_text("text")
-    for main, arguments in ((decode_latency.main, []), (accuracy.main, ["--text", str(tmp_path / "text")])):
+    for main, arguments in ((decode.main, []), (accuracy.main, ["--text", str(tmp_path / "text")])):
         with pytest.raises(SystemExit) as exit:
             main(["--model", str(stranger), *arguments])
         assert exit.value.code == 2

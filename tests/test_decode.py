@@ -1,4 +1,4 @@
-"""The decode example: what is packed, what is read, that more tokens in a graph are the same tokens, and the command."""
+"""The decode benchmark: what is packed, what is read, that more tokens in a graph are the same tokens, and the command."""
 
 import json
 from types import SimpleNamespace
@@ -7,16 +7,17 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from examples import decode_latency
+from benchmarks.decode import __main__ as command
+from benchmarks.decode import breakdown, measure
+from benchmarks.decode.loop import Sampling, State, make_prefill, make_step, run
+from benchmarks.decode.measure import Bench, Settings
+from benchmarks.decode.model import llama, local
+from benchmarks.decode.model.llama import SIZES, Llama, parameter_count
+from benchmarks.decode.model.weights import build, weight_bytes
+from benchmarks.decode.report import draw, summary
+from benchmarks.decode.worker import Worker
+from benchmarks.system import memory
 from examples.code_lm.model import KVCache, ModelConfig
-from examples.decode import breakdown, llama, local, measure, memory
-from examples.decode.card import summary
-from examples.decode.llama import SIZES, Llama, parameter_count
-from examples.decode.loop import Sampling, State, make_prefill, make_step, run
-from examples.decode.measure import Bench, Settings
-from examples.decode.plot import draw
-from examples.decode.weights import build, weight_bytes
-from examples.decode.worker import Worker
 from fp6_compile import PackedTensor
 
 # Every linear has a shape of its own, as in the models.
@@ -170,10 +171,10 @@ class InProcess(Bench):
 
 @pytest.fixture
 def small(monkeypatch):
-    for module in (llama, measure, decode_latency):
+    for module in (llama, measure, command):
         monkeypatch.setattr(module, "SIZES", {**SIZES, "tiny": SMALL})
-    monkeypatch.setattr(decode_latency, "Worker", InProcess)
-    monkeypatch.setattr(decode_latency, "read_bandwidth", lambda device: 10.0)
+    monkeypatch.setattr(command, "Worker", InProcess)
+    monkeypatch.setattr(command, "read_bandwidth", lambda device: 10.0)
 
 
 @pytest.mark.slow
@@ -182,7 +183,7 @@ def test_the_command_ends_with_one_line_of_json(small, captured, capfd, tmp_path
     out, plot = tmp_path / "out.json", tmp_path / "plot.png"
     short = ["--tokens", "8", "--steps-per-graph", "2", "--rounds", "1", "--prompt", "3", "--lora", "4"]
     files = ["--out", str(out), "--plot", str(plot), "--once", "--backends", "eager", "fp6"]
-    decode_latency.main(["--size", "tiny", "--device", "cpu", "--threads", "1", "--batch", "1", "2", *short, *files])
+    command.main(["--size", "tiny", "--device", "cpu", "--threads", "1", "--batch", "1", "2", *short, *files])
     printed = capfd.readouterr().out
     document = json.loads(printed.splitlines()[-1])
     assert document == json.loads(out.read_text())
@@ -212,9 +213,7 @@ def test_a_provider_that_fails_does_not_stop_the_others(small, captured, capfd, 
     monkeypatch.setattr(InProcess, "prepare", prepare)
     monkeypatch.setattr(InProcess, "breakdown", breakdown)
     backends = ["--backends", "eager", "inductor", "--once"]
-    decode_latency.main(
-        ["--device", "cpu", "--tokens", "4", "--rounds", "1", "--prompt", "2", *backends, "--plot", "x"]
-    )
+    command.main(["--device", "cpu", "--tokens", "4", "--rounds", "1", "--prompt", "2", *backends, "--plot", "x"])
     printed = capfd.readouterr().out
     results = json.loads(printed.splitlines()[-1])["results"]["1"]
     assert results["inductor"] == {"error": "CUDA out of memory"}
@@ -260,11 +259,11 @@ def test_a_picture_needs_a_breakdown(tmp_path):
     ],
 )
 def test_bad_arguments(bad, message, capsys, monkeypatch):
-    from examples.decode import arguments
+    from benchmarks.decode import arguments
 
     monkeypatch.setattr(arguments.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        decode_latency.main([*bad, "--device", "cpu"])
+        command.main([*bad, "--device", "cpu"])
     assert message in capsys.readouterr().err
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch._inductor import output_code
 
+from benchmarks.decode.loop import Sampling, State, make_step
+from benchmarks.decode.model.llama import SIZES, Llama
 from examples.code_lm.model import KVCache
-from examples.decode.llama import SIZES, Llama
-from examples.decode.loop import Sampling, State, make_step
 from fp6_compile import PackedTensor
 from fp6_compile.explanation.launches import launches
 from fp6_compile.formats import get_format

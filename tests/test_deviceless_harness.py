@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import FileCheck
 from torch.utils._triton import has_triton
 
-from benchmarks.machine import TARGETS, compile_kernel
+from benchmarks.sass.machine import TARGETS, compile_kernel
 from tests.deviceless.codegen import generate_cuda_code, generate_modules
 from tests.deviceless.fake_cuda import fake_cuda
 from tests.deviceless.fake_tensors import place, value_of

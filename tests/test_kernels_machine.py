@@ -1,9 +1,9 @@
-"""The kernel as machine code, without a GPU: within the bars and the budget of benchmarks/sass.py, case by case."""
+"""The kernel as machine code, without a GPU: within the bars and the budget of benchmarks/sass, case by case."""
 
 import pytest
 
-from benchmarks import sass
-from benchmarks.cases import CASES, WIDE, Case, compile_case
+from benchmarks.sass import budget as sass
+from benchmarks.sass.cases import CASES, WIDE, Case, compile_case
 
 
 @pytest.fixture(scope="module")

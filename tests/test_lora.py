@@ -9,10 +9,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import fp6_compile
+from benchmarks.decode.loop import Sampling, State, make_prefill, make_step, run
+from benchmarks.decode.model import lora
+from benchmarks.decode.model.weights import build
 from examples.code_lm.model import KVCache, ModelConfig
-from examples.decode import lora
-from examples.decode.loop import Sampling, State, make_prefill, make_step, run
-from examples.decode.weights import build
 from fp6_compile import PackedTensor
 from tests.support import close
 

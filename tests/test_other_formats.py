@@ -6,8 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import fp6_compile
-from benchmarks import sass
-from benchmarks.cases import WIDE, Case
+from benchmarks.sass import budget as sass
+from benchmarks.sass.cases import WIDE, Case
 from fp6_compile import ops
 from fp6_compile.checkpoint.save_load import load, save
 from fp6_compile.cli import main

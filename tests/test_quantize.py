@@ -1,5 +1,6 @@
 """Scales and codes: error bounds, groups, zero rows, bad weights, and the signal-to-noise table of the design."""
 
+import math
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch.testing import assert_close
 
 from fp6_compile import PackedTensor
 from fp6_compile.formats import FORMATS
-from fp6_compile.quantize import dequantize, quantize
+from fp6_compile.quantize import dequantize, quantize, sqnr
 from tests.support import SIX_BITS
 
 E3M2 = FORMATS["e3m2"]
@@ -17,8 +18,19 @@ E3M2 = FORMATS["e3m2"]
 
 def _sqnr(w: torch.Tensor, fmt: str, group_size: int | None, scale: str = "absmax") -> float:
     codes, s = quantize(w, FORMATS[fmt], group_size, scale)
-    error = dequantize(codes, s, FORMATS[fmt], group_size, torch.float64) - w.double()
-    return float(10 * torch.log10(w.double().square().sum() / error.square().sum()))
+    return sqnr(w, dequantize(codes, s, FORMATS[fmt], group_size, torch.float64))
+
+
+def test_sqnr_of_known_noise():
+    weight = torch.ones(8, 8)
+    assert sqnr(weight, weight + 0.1) == pytest.approx(20, abs=1e-4)
+    assert (sqnr(weight, weight), sqnr(0 * weight, weight)) == (math.inf, -math.inf)
+    large = (
+        torch.arange(-9.0, 1 << 21).view(2, -1).expand(10, 2, -1)
+    )  # more than one of the pieces that it is computed in
+    rounded = large.bfloat16()
+    expected = 10 * torch.log10(large.double().square().sum() / (large.double() - rounded.double()).square().sum())
+    assert sqnr(large, rounded) == pytest.approx(float(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -1,8 +1,8 @@
-"""The blocks of a model, one at a time, on activations that are kept between them.
+"""The blocks of a model, run one at a time, with the activations between them kept.
 
-A decoder is a chain: block i + 1 gets what block i returned, and beside it things that no block changes (masks, rotary
-angles). The model runs once over the inputs with stubs for all blocks but the first, which only write down what they are
-called with; so the others need not even be in memory. From then on each block is called alone.
+A decoder is a chain: block i + 1 gets what block i returned, and arguments that no block changes (masks, rotary angles). The
+model runs once over the inputs, with all blocks but the first replaced by stubs that record their arguments: the weights of
+those need not even be in memory. From then on each block is called alone.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 
 class _Stop(BaseException):
-    """All that was to be seen of a run has been seen."""
+    """The last block was called: the rest of the model need not run."""
 
 
 def find_blocks(model: nn.Module, name: str | None = None) -> list[nn.Module]:
-    """The members of the longest nn.ModuleList (the first of several), or of the module called `name`.
+    """The members of the longest nn.ModuleList (the first, if several are as long), or of the module called `name`.
 
-    "" means none: the whole model at once. Raises ValueError if there is no such module, or it has no members.
+    "" means no blocks: the whole model at once. Raises ValueError if there is no such module, or it has no children.
     """
     if name == "":
         return []
@@ -35,7 +35,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> list[nn.Module]:
 
 
 def call(model: nn.Module, batch: Any) -> Any:
-    """The model of one of the user's inputs: a tensor, a tuple or list of arguments, or a mapping of keywords."""
+    """Call the model with one input: a tensor, a tuple or list of arguments, or a mapping of keyword arguments."""
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, (tuple, list)):
@@ -48,9 +48,9 @@ def call(model: nn.Module, batch: Any) -> Any:
 
 
 class Chain:
-    """What each block is called with, for every batch.
+    """The arguments of each block, for every batch.
 
-    `hidden[b]` is what the next block gets of batch b. Without blocks, there is only `rest`.
+    `hidden[b]` is the activation of batch b that the next block gets. Without blocks, only `rest` is of use.
 
     Raises ValueError if there are no inputs, or the model does not call its blocks one after the other, once each.
     """
@@ -73,18 +73,18 @@ class Chain:
             args, kwargs = _insert(calls[index], hidden)
             yield _hidden_of(self.blocks[index](*args, **kwargs))
 
-    def look(self, index: int) -> None:
-        """Run a block for the sake of its hooks."""
+    def observe(self, index: int) -> None:
+        """Run a block only for its hooks."""
         for _ in self.run(index):
             pass
 
     def advance(self, index: int) -> None:
-        """Run a block and keep what it returns for the next."""
+        """Run a block, and keep its output as the input of the next."""
         for batch, out in enumerate(self.run(index)):
             self.hidden[batch] = out
 
     def rest(self) -> None:
-        """Run all but the blocks, on what the last of them returned."""
+        """Run the model around the blocks, which pass on what the last block returned."""
         for batch, inputs in enumerate(self.inputs):
             if not self.blocks:
                 call(self.model, inputs)
@@ -131,7 +131,7 @@ class Chain:
 
 @contextlib.contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """In eval mode, without gradients, without transformers' cache of keys and values; then all as it was."""
+    """In eval mode, without gradients and without transformers' key-value cache, until the context ends."""
     training = [module for module in model.modules() if module.training]
     config = getattr(model, "config", None)
     caches = getattr(config, "use_cache", None)
@@ -150,7 +150,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _stubs(blocks: list[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
-    """Each block's forward is `stub(index, *args, **kwargs)`."""
+    """Replace each block's forward by `stub(index, *args, **kwargs)`, until the context ends."""
 
     def bind(index: int) -> Callable[..., Any]:
         return lambda *args, **kwargs: stub(index, *args, **kwargs)
@@ -167,8 +167,8 @@ def _stubs(blocks: list[nn.Module], stub: Callable[..., Any]) -> Iterator[None]:
                 block.forward = forward
 
 
-def _place_of(args: tuple, kwargs: dict) -> int | str:
-    """Where the activations are: the first argument, or "hidden_states"."""
+def _hidden_key(args: tuple, kwargs: dict) -> int | str:
+    """Which argument the activation is: 0, the first one, or "hidden_states"."""
     if args and isinstance(args[0], Tensor):
         return 0
     if isinstance(kwargs.get("hidden_states"), Tensor):
@@ -177,12 +177,12 @@ def _place_of(args: tuple, kwargs: dict) -> int | str:
 
 
 def _hidden_in(args: tuple, kwargs: dict) -> Tensor:
-    place = _place_of(args, kwargs)
-    return args[0] if place == 0 else kwargs[place]
+    key = _hidden_key(args, kwargs)
+    return args[0] if key == 0 else kwargs[key]
 
 
 def _without_hidden(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    if _place_of(args, kwargs) == 0:
+    if _hidden_key(args, kwargs) == 0:
         return (None, *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": None}
 
@@ -195,7 +195,7 @@ def _insert(called: tuple[tuple, dict], hidden: Tensor) -> tuple[tuple, dict]:
 
 
 def _hidden_of(out: Any) -> Tensor:
-    """The activations in what a block returned."""
+    """The activation in a block's output: the output itself, or its first item."""
     hidden = out[0] if isinstance(out, (tuple, list)) and out else out
     if not isinstance(hidden, Tensor):
         raise ValueError(
@@ -205,7 +205,7 @@ def _hidden_of(out: Any) -> Tensor:
 
 
 def _wrapper(out: Any) -> Callable[[Tensor], Any]:
-    """From activations to what a block returns, as `out` is."""
+    """A function that turns an activation into a block's output of the form of `out`."""
     if isinstance(out, Tensor):
         return lambda hidden: hidden
     others = tuple(out[1:])

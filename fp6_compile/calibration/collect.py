@@ -16,7 +16,7 @@ from fp6_compile.packed.slots import Slot
 
 @dataclass
 class Shared:
-    """Linears that get the same tensor, as q, k and v do, share what is known of it."""
+    """Statistics of a tensor that several linears get, as q, k and v do. `norm`: the norm that computed it, if one did."""
 
     stats: Statistics
     latest: Tensor | None = None
@@ -26,10 +26,10 @@ class Shared:
 
 
 class Collector:
-    """Hooks on the linears of some places: run the model in `with collector.hooks():`.
+    """Statistics of the inputs of the linears in `slots`: run the model in `with collector.hooks():`.
 
-    Linears whose first input is one and the same tensor share statistics from then on: those of all distinct inputs of any
-    of them. So do linears that share a weight.
+    Linears that get the same tensor at their first call share statistics from then on: a tensor that several of them get is
+    counted once. So do linears that share a weight.
     """
 
     def __init__(self, slots: list[Slot], needs: Needs) -> None:
@@ -39,23 +39,23 @@ class Collector:
         self._linears = [(slot, m) for slot in slots for m, name in slot.owners if name == "weight"]
 
     def __getitem__(self, slot: Slot) -> Statistics | None:
-        """None for a linear that was never called, or called with nothing but NaN."""
+        """None for a linear that was never called, or only with tokens that have NaN or infinite values."""
         shared = self._of.get(id(slot))
         return shared.stats if shared is not None and shared.stats.count else None
 
     def left_out(self, slot: Slot) -> int:
-        """Tokens that were left out, for NaN or infinite values."""
+        """How many tokens were left out because they have NaN or infinite values."""
         shared = self._of.get(id(slot))
         return shared.stats.left_out if shared is not None else 0
 
     def behind_norms(self) -> list[tuple[nn.Module, list[nn.Module], Shared]]:
-        """(norm, linears that get its output, what they share), in the order of the first call."""
+        """(norm, linears that get its output, their statistics), in the order of the first call."""
         found = {id(shared): shared for shared in self._of.values()}
         return [(shared.norm, shared.linears, shared) for shared in found.values() if shared.norm is not None]
 
     @contextlib.contextmanager
     def hooks(self, modules: Iterable[nn.Module] = ()) -> Iterator[None]:
-        """While open, what the linears are called with is added; norms among `modules` are recognized as their inputs."""
+        """Until the context ends, add the linears' inputs to the statistics, and note which of `modules` are their norms."""
         handles: list[RemovableHandle] = [
             module.register_forward_pre_hook(self._hook(slot), with_kwargs=True) for slot, module in self._linears
         ]
@@ -70,7 +70,7 @@ class Collector:
                 shared.latest = None
 
     def _hook(self, slot: Slot) -> Any:
-        def see(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        def observe(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             x = args[0] if args else kwargs["input"]
             shared = self._of.get(id(slot)) or self._first(x)
             self._of[id(slot)] = shared
@@ -81,7 +81,7 @@ class Collector:
                 shared.latest = x
                 shared.calls += 1
 
-        return see
+        return observe
 
     def _first(self, x: Tensor) -> Shared:
         for shared in self._of.values():
@@ -96,7 +96,7 @@ class Collector:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A leaf whose parameters are a weight [K] and perhaps a bias [K]."""
+    """Whether its only parameters are a weight [K] and perhaps a bias [K]."""
     parameters = dict(module.named_parameters())
     weight, bias = parameters.get("weight"), parameters.get("bias")
     known = parameters.keys() <= {"weight", "bias"} and weight is not None and weight.dim() == 1

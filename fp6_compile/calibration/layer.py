@@ -1,4 +1,4 @@
-"""One linear: what an algorithm made of its weight, put into the model."""
+"""One linear: quantize its weight and put the result into the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from fp6_compile.calibration.algorithms import Algorithm, Quantized
 from fp6_compile.calibration.collect import Collector
-from fp6_compile.formats import FORMATS
 from fp6_compile.packed.low_rank import FACTORS, grow
 from fp6_compile.packed.slots import Slot
 from fp6_compile.packed.tensor import PackedTensor
@@ -17,19 +16,19 @@ from fp6_compile.report import LinearReport
 
 def quantize_linear(
     slot: Slot,
-    refusal: tuple[str, bool] | None,
+    skipped: tuple[str, bool] | None,
     algorithm: Algorithm,
     grid: Grid,
     group_size: int | None,
     collector: Collector | None,
 ) -> tuple[LinearReport, dict[str, Tensor]]:
-    """Quantize the weight, if it is to be: its line of the report, and the new parameters by name."""
+    """Quantize a weight, unless `skipped` says why not. Returns its line of the report and the new parameters by name."""
     tensor = slot.tensor
     about = slot.title, tuple(tensor.shape), tensor.dtype, tensor.nbytes
     if isinstance(tensor, PackedTensor):
         return LinearReport(*about, tensor.packed_bytes, note="packed already", format=tensor.spec.format), {}
-    if refusal:
-        return LinearReport(*about, tensor.nbytes, refusal[0]), {}
+    if skipped:
+        return LinearReport(*about, tensor.nbytes, skipped[0]), {}
     try:
         stats = None if collector is None else collector[slot]
         found = algorithm(tensor.detach(), grid, group_size, stats)
@@ -41,7 +40,7 @@ def quantize_linear(
 
 
 def restore(model: nn.Module, part: list[Slot], tensors: dict[str, Tensor]) -> None:
-    """Put parameters that `quantize_linear` returned, once, into the model."""
+    """Put parameters that an earlier `quantize_linear` returned into the model."""
     known = {slot.names[0]: slot for slot in part}
     for name, tensor in tensors.items():
         prefix, _, attribute = name.rpartition(".")
@@ -52,15 +51,14 @@ def restore(model: nn.Module, part: list[Slot], tensors: dict[str, Tensor]) -> N
 
 
 def _weight(found: Quantized, dtype: torch.dtype) -> Tensor:
-    """What goes into the layer: packed, or dequantized if the backend does not know the grid."""
-    name = found.grid.name
-    if FORMATS.get(name) != found.grid or found.offset is not None:
+    """The layer's new weight: packed, or dequantized if no PackedTensor can hold it."""
+    if not found.packable:
         return found.dequantize(dtype)
-    return PackedTensor.from_codes(found.codes, found.scale, name, found.group_size, dtype)
+    return PackedTensor.from_codes(found.codes, found.scale, found.grid.name, found.group_size, dtype)
 
 
 def _add_extras(slot: Slot, found: Quantized) -> dict[str, Tensor]:
-    """Give every linear that has the weight its factors and its bias."""
+    """Give the low-rank factors and the bias to every linear that has the weight."""
     added: dict[str, Tensor] = {}
     for name, (module, _) in zip(slot.names, slot.owners, strict=True):
         extras = dict(zip(FACTORS, found.low_rank or (), strict=False))

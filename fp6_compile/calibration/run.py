@@ -1,8 +1,8 @@
 """`calibrate_`: `quantize_` with an algorithm, block by block.
 
-For each block: run it on the calibration inputs as the blocks before, quantized, leave them; gather statistics; quantize its
-linears; run it again for the next. Linears outside of the blocks come last. The peak is the packed model, one block and its
-statistics, and the activations of the calibration set between two blocks.
+For each block: run it on the activations that the blocks before it, already quantized, return for the calibration inputs;
+collect statistics; quantize its linears; run it again for the next block. Linears outside of the blocks come last. The peak
+of memory is the packed model, one block with its statistics, and the activations between two blocks.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import nn
 from fp6_compile.calibration.algorithms import RTN, Algorithm, Needs, Search
 from fp6_compile.calibration.chain import Chain, find_blocks, quiet
 from fp6_compile.calibration.collect import Collector
+from fp6_compile.calibration.equalize import equalize_
 from fp6_compile.calibration.layer import quantize_linear, restore
-from fp6_compile.calibration.smooth import equalize_
 from fp6_compile.calibration.state import Done, State, digest, text_digest
 from fp6_compile.config import Options, names_in, warn_of_unmatched
 from fp6_compile.formats import AUTO, DEFAULT, FORMATS, get_format
@@ -47,32 +47,32 @@ def calibrate_(
     equalize: float | None = None,
     resume: str | os.PathLike[str] | None = None,
 ) -> Report:
-    """Replace the weight of every nn.Linear of `model` by a PackedTensor that `algorithm` made, from what the model does.
+    """Replace the weight of every nn.Linear of `model` by a PackedTensor whose codes `algorithm` chooses by the inputs.
 
     Args:
         model: any module; in FP16 or BF16, best.
         inputs: of the model: tensors, tuples of arguments or mappings of keywords, on the model's device. They are held
             until the end. Not needed by algorithms without statistics (RTN, Clip).
-        algorithm: of fp6_compile.algorithms; None is RTN, and the same as quantize_.
-        format: a name, "auto" (for each layer the better of two six-bit ones), or a grid. Of a grid that is no format of
-            the backend, the dequantized weights are put into the model, for evaluation.
+        algorithm: one of fp6_compile.calibration.algorithms; None is RTN, and the same as quantize_.
+        format: a name, "auto" (for each layer the better of two six-bit ones), or another grid of numbers; of one that is
+            none of the package's formats the dequantized weights are put into the model, for evaluation.
         group_size, skip, min_features, float32: as in config.Options.
         device, source: as for `quantize_`: with `source` and empty parameters, blocks are read when their turn comes.
         blocks: the name of the module whose children are the blocks; None takes the longest nn.ModuleList, "" none: the
             whole model at once.
         equalize: SmoothQuant's migration strength (0.5 there): before a block is quantized, its norms are equalized with the
             linears behind them, where that leaves the block's output as it is.
-        resume: a folder for the state; a calibration that was killed goes on from the last whole block, to the same bits.
-            Blocks that are damaged, or were made from other weights, are computed anew, with a warning. Of no use without
-            inputs.
+        resume: a folder for finished blocks: a calibration that was killed goes on after the last of them, and ends with
+            the same bits. Blocks that are damaged, or were made from other weights, are computed anew, with a warning. Not
+            used without inputs.
 
     Returns:
-        What was quantized, what was left alone and why; notes on linears that were never called (they are quantized as
-        without data) and on tokens that were left out for NaN. It is logged, too.
+        What was quantized, what was skipped and why; notes on linears that were never called (they are quantized without
+        data) and on tokens that were left out because of NaN. It is also logged.
 
     Raises:
         ValueError: a bad option, no such device; no inputs where the algorithm needs some; a model that is no chain of
-            blocks; `resume` has another calibration's state. The model is then as it was, but for tensors that were read
+            blocks; `resume` is a folder of another calibration. The model is then as it was, but for tensors that were read
             from `source`.
     """
     algorithm = algorithm or RTN()
@@ -98,7 +98,7 @@ def calibrate_(
 
 
 class _Run:
-    """One calibration: what is the same for all blocks, and the report so far."""
+    """One calibration: its options, which are the same for all blocks, and the report so far."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class _Run:
         self.target = usable(device) or (torch.device("cpu") if source is not None else None)
         self.slots = slots(model)
         self.values = Values(self.slots, source, self.target)
-        self.refusals = {id(p): refusal(p, options, self.target) for p in self.slots if is_weight(p, options)}
+        self.skipped = {id(p): refusal(p, options, self.target) for p in self.slots if is_weight(p, options)}
         self.equalize = equalize
         self.lines: dict[str, LinearReport] = {}
 
@@ -125,7 +125,7 @@ class _Run:
             self._quantize(part, None)
 
     def with_data(self, blocks: list[nn.Module], inputs: Iterable[Any], resume: str | os.PathLike[str] | None) -> None:
-        """Quantize the blocks, one by one, and then the rest."""
+        """Quantize the blocks one by one, and then the other linears."""
         parts, rest = self._split(blocks)
         for slot in rest + (parts[0] if parts else []):
             self._fetch(slot)
@@ -141,10 +141,10 @@ class _Run:
             if done is None:
                 collector = self._collector(part)
                 with collector.hooks(blocks[index].modules() if self.equalize is not None else ()):
-                    chain.look(index)
-                smooth = {} if self.equalize is None else equalize_(chain, index, part, collector, self.equalize)
+                    chain.observe(index)
+                equalized = {} if self.equalize is None else equalize_(chain, index, part, collector, self.equalize)
                 done = self._quantize(part, collector)
-                state.save(index, Done(smooth | done.tensors, done.lines))
+                state.save(index, Done(equalized | done.tensors, done.lines))
             else:
                 restore(self.model, part, done.tensors)
                 self.lines |= done.lines
@@ -155,7 +155,7 @@ class _Run:
         self._quantize(rest, collector)
 
     def _about(self, chain: Chain) -> dict[str, str]:
-        """What tells this calibration from others."""
+        """What must be the same for a calibration to be resumed."""
         shapes = (f"{name} {list(p.shape)} {p.dtype}" for name, p in self.model.named_parameters())
         return {
             "algorithm": repr(self.algorithm),
@@ -165,7 +165,7 @@ class _Run:
         }
 
     def _split(self, blocks: list[nn.Module]) -> tuple[list[list[Slot]], list[Slot]]:
-        """The places of each block, and the rest; one that several share belongs to the first."""
+        """The slots of each block, and all others. A slot that several blocks share belongs to the first of them."""
         of = {id(module): index for index, block in reversed([*enumerate(blocks)]) for module in block.modules()}
         parts: list[list[Slot]] = [[] for _ in blocks]
         rest: list[Slot] = []
@@ -176,23 +176,24 @@ class _Run:
         return parts, rest
 
     def _fetch(self, slot: Slot) -> None:
-        """Bring the place's value to where it is to be."""
+        """Read the slot's value from `source`, or move it to `device`."""
         keep(slot, self.values.of(slot))
 
-    def _taken(self, slot: Slot) -> bool:
-        return self.refusals.get(id(slot), ("",)) is None and not isinstance(slot.tensor, PackedTensor)
+    def _is_quantized(self, slot: Slot) -> bool:
+        """Whether the algorithm will be called for it."""
+        return self.skipped.get(id(slot), ("",)) is None and not isinstance(slot.tensor, PackedTensor)
 
     def _collector(self, part: list[Slot]) -> Collector:
-        return Collector([slot for slot in part if self._taken(slot)], self.algorithm.needs)
+        return Collector([slot for slot in part if self._is_quantized(slot)], self.algorithm.needs)
 
     def _quantize(self, part: list[Slot], collector: Collector | None) -> Done:
         done = Done({}, {})
         for slot in part:
             if collector is None:
                 self._fetch(slot)
-            if id(slot) in self.refusals:
+            if id(slot) in self.skipped:
                 how = self.algorithm, self.grid, self.options.group_size, collector
-                done.lines[slot.names[0]], new = quantize_linear(slot, self.refusals[id(slot)], *how)
+                done.lines[slot.names[0]], new = quantize_linear(slot, self.skipped[id(slot)], *how)
                 done.tensors.update(new)
         self.lines |= done.lines
         _trim()

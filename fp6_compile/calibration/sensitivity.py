@@ -1,7 +1,7 @@
-"""How much a model suffers from errors in each of its weights: what `quantize_(target_bits=...)` shares bits by.
+"""How much a model suffers from an error in each weight, by which `quantize_(target_bits=...)` distributes bits.
 
 One weight at a time is rounded to a coarse format, the caller's loss is measured, and the weight is put back. That is the
-second-order sensitivity of HAWQ-V2 (arXiv 1911.03852) along the very error that quantization makes, without any gradient.
+second-order sensitivity of HAWQ-V2 (arXiv 1911.03852) in the direction of the quantization error, without a gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fp6_compile.packed.slots import slots
 from fp6_compile.quantize import dequantize, quantize
 from fp6_compile.report import progress
 
-# Coarse, so that the loss rises well above what it is uncertain by.
+# Coarse, so that the loss rises by much more than its noise.
 _PROBE = Format("e2m1", 2, 1)
 
 
@@ -31,10 +31,10 @@ def sensitivities(
     min_features: int = 128,
     float32: bool = False,
 ) -> dict[str, float]:
-    """By the name of each linear that `quantize_` would take: the rise of `loss()` per unit of relative squared error.
+    """The rise of `loss()` per unit of relative squared error, by the name of each linear that `quantize_` would quantize.
 
     Args:
-        model: any module; its weights are changed in place for the duration of a call of `loss`, and are then as they were.
+        model: any module; each weight is changed in place while `loss` is called, and then put back.
         loss: a distance to the unchanged model on some inputs: KL divergence of logits, squared error of features.
         skip, min_features, float32: as for `quantize_`.
 
@@ -42,9 +42,9 @@ def sensitivities(
     """
     options = Options.parse(None, {"skip": skip, "min_features": min_features, "float32": float32})
     warn_of_unmatched(options, names_in(model), type(model).__name__)
-    taken = [slot for slot in slots(model) if is_weight(slot, options) and refusal(slot, options, None) is None]
+    chosen = [slot for slot in slots(model) if is_weight(slot, options) and refusal(slot, options, None) is None]
     base, found = loss(), {}
-    for slot in progress(taken, "fp6: sensitivities"):
+    for slot in progress(chosen, "fp6: sensitivities"):
         weight, kept = slot.tensor, slot.tensor.detach().clone()
         rounded = dequantize(*quantize(kept, _PROBE), _PROBE, None, kept.dtype)
         error = (rounded - kept).float().square().sum() / kept.float().square().sum().clamp(min=1e-30)

@@ -1,12 +1,12 @@
-"""What has been calibrated so far, in a folder: one file per block, and what they belong to.
+"""Finished blocks of a calibration in a folder, to resume from: one file per block, and what they belong to.
 
     calibration.json      a digest of algorithm, format, options, the model's parameters and the inputs
     block-00003.pt        a SHA-256 of what follows and of what the block was made from; the block's new parameters by name,
                           and its lines of the report
 
-What a block was made from is all that calibration.json says and the values of all weights up to the block's own. Files
-appear whole or not at all. A calibration that finds a file that fits takes the block from it; everything else it computes
-anew, in the same order, so that it ends with the same bits as one that was never interrupted.
+A block was made from what calibration.json says and from the values of all weights up to the block's own. Files
+appear whole or not at all. A calibration loads the blocks whose files fit and computes all others in the same order, so that
+it ends with the same bits as one that was never interrupted.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ class State:
             raise ValueError(f"resume: {self.folder} is of a calibration with other {' and '.join(other)}; empty it")
 
     def enter(self, weights: Iterable[Any]) -> None:
-        """Go on to what is made from `weights`, too, which are consumed one by one."""
+        """Blocks from here on are also made from `weights`, which are consumed one by one."""
         if self.folder is not None:
             self._made_from = text_digest([self._made_from, *(digest(weight) for weight in weights)])
 
     def load(self, index: int) -> Done | None:
-        """What was saved of a block; None, and a warning, if the file is damaged or was made from something else."""
+        """A saved block; None if there is none, and with a warning if it is damaged or was made from other weights."""
         if self.folder is None:
             return None
         name = _name(index)
@@ -87,7 +87,7 @@ class State:
         return Done(tensors, {name: LinearReport(*line) for name, line in lines.items()})
 
     def save(self, index: int, done: Done) -> None:
-        """Put a block on the disk, atomically."""
+        """Write a block to its file, atomically."""
         if self.folder is None:
             return
         lines = {name: tuple(getattr(line, field) for field in _FIELDS) for name, line in done.lines.items()}

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> None:
-    """Print rows, of which the first are headings: the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        first, *others = (
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join([first, *others]))
+    """Print rows, of which the first are headings: the first column to the left, the others to the right.
+
+    Raises ImportError where tabulate is not installed.
+    """
+    from tabulate import tabulate
+
+    align = ["left", *["right"] * (len(rows[0]) - 1)]
+    print(tabulate(rows, "firstrow", tablefmt="plain", disable_numparse=True, colalign=align))

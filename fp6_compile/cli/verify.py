@@ -11,7 +11,7 @@ from fp6_compile.checkpoint.manifest import Manifest
 from fp6_compile.cli.table import table
 from fp6_compile.formats import get_format
 from fp6_compile.layouts.packing import PLANES, unpack
-from fp6_compile.quantize import dequantize
+from fp6_compile.quantize import dequantize, sqnr
 from fp6_compile.report import progress
 from fp6_compile.storage.safetensors import read
 from fp6_compile.storage.scaled import stored
@@ -54,6 +54,5 @@ def _compare(manifest: Manifest, name: str, original: Tensor) -> tuple[str, floa
     codes = unpack(planes, fmt, PLANES, *weight.shape)
     per_weight = scale.T.repeat_interleave(weight.group_size or weight.shape[1], 1)[:, : weight.shape[1]]
     nearest = torch.equal(fmt.encode(original / per_weight), codes)
-    error = dequantize(codes, scale, fmt, weight.group_size, torch.float32) - original
-    noise = float(10 * torch.log10(original.square().sum() / error.square().sum()))
+    noise = sqnr(original, dequantize(codes, scale, fmt, weight.group_size, torch.float32))
     return "same" if nearest else "codes are not the nearest", noise

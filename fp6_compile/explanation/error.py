@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
+from fp6_compile import quantize
 from fp6_compile.backend.weights import PackSpec
 from fp6_compile.formats import get_format
-from fp6_compile.quantize import check_finite, dequantize, quantize
 
 # Weights that are looked at; of a larger matrix, rows at equal distances.
 _SAMPLE = 1 << 20
@@ -22,9 +20,8 @@ def sqnr(parameter: Tensor, spec: PackSpec) -> float:
     """
     fmt = get_format(spec.format)
     with torch.no_grad():
-        check_finite(parameter)
+        quantize.check_finite(parameter)
         weight = parameter.detach().t() if spec.transposed else parameter.detach()
         weight = weight[:: max(1, weight.numel() // _SAMPLE)].float()
-        codes, scale = quantize(weight, fmt, spec.group_size, spec.scale)
-        noise = float((dequantize(codes, scale, fmt, spec.group_size, torch.float32) - weight).square_().sum())
-        return 10 * math.log10(float(weight.square().sum()) / noise) if noise else math.inf
+        codes, scale = quantize.quantize(weight, fmt, spec.group_size, spec.scale)
+        return quantize.sqnr(weight, quantize.dequantize(codes, scale, fmt, spec.group_size, torch.float32))

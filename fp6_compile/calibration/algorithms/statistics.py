@@ -1,4 +1,4 @@
-"""Statistics of a layer's inputs: sums over tokens, so that any number of batches takes the memory of one."""
+"""Statistics of a layer's inputs: sums over tokens, whose size does not grow with the number of batches."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Statistics:
-    """Of inputs [tokens, K]: count, mean, E[x^2], largest magnitude and, if asked for, the Hessian E[x x^T].
+    """Count, mean, E[x^2], largest magnitude and, if asked for, the Hessian E[x x^T] of inputs [tokens, K].
 
     Tokens with NaN or infinite values are left out, and counted in `left_out`.
 
@@ -32,19 +32,14 @@ class Statistics:
 
     @classmethod
     def of(cls, x: Tensor, hessian: bool = False, dtype: torch.dtype = torch.float32) -> Statistics:
-        """Of one batch [..., K]."""
+        """Statistics of one batch [..., K]."""
         stats = cls(x.shape[-1], hessian, x.device, dtype)
         stats.add(x)
         return stats
 
-    @property
-    def has_hessian(self) -> bool:
-        """Whether `hessian` is there."""
-        return self._gram is not None
-
     @torch.no_grad()
     def add(self, x: Tensor) -> None:
-        """Inputs [..., K] of some more tokens."""
+        """Add the inputs [..., K] of more tokens."""
         x = x.detach().flatten(0, -2)
         finite = x.isfinite().all(1)
         kept = x[finite] if not finite.all() else x
@@ -67,7 +62,7 @@ class Statistics:
 
     @property
     def second_moment(self) -> Tensor:
-        """E[x^2], [K], float64; zero where an input is dead."""
+        """E[x^2], [K], float64; zero for an input that is always zero."""
         return self._squares / max(self.count, 1)
 
     def hessian(self, columns: Tensor | None = None) -> Tensor:
@@ -78,14 +73,14 @@ class Statistics:
         return gram.div_(max(self.count, 1))
 
     def mean_square(self, rows: Tensor) -> Tensor:
-        """E[(r x)^2] of each row r of [N, K]: exact with the Hessian, as if inputs were uncorrelated without; [N]."""
+        """E[(r x)^2] for each row r of [N, K], [N]: exact with the Hessian; without, as if inputs were uncorrelated."""
         if self._gram is None:
             return rows.square() @ self.second_moment.to(rows.dtype)
         rows = rows.to(self._gram.dtype)
         return (rows @ self._gram).mul_(rows).sum(1).div_(max(self.count, 1))
 
     def equalized(self, factors: Tensor) -> Statistics:
-        """Of inputs divided by `factors` [K]."""
+        """Statistics of the inputs divided by `factors` [K]."""
         other = Statistics(len(factors), device=factors.device)
         other.count, other.left_out = self.count, self.left_out
         other.absmax = self.absmax / factors
