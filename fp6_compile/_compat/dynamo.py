@@ -10,6 +10,7 @@ from torch._dynamo import config, convert_frame, eval_frame
 from torch._dynamo.backends import registry
 from torch._dynamo.output_graph import graph_break_reasons
 from torch._dynamo.utils import counters
+from torch._functorch import config as functorch_config
 
 __all__ = [
     "CONVERT_FRAME",
@@ -17,6 +18,7 @@ __all__ = [
     "TorchCompileInductorWrapper",
     "config",
     "counters",
+    "functorch_config",
     "graph_break_reasons",
     "registry",
     "source_name",

@@ -3,6 +3,8 @@
 All of them are the same in torch 2.11, 2.13 and 2.15. Each is called here as it is there, without a leading underscore.
 """
 
+from typing import Any
+
 from torch import _transformer_encoder_layer_fwd as transformer_encoder_layer
 from torch._C import DisableTorchFunctionSubclass, DispatchKey
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
@@ -24,6 +26,7 @@ from torch.utils._python_dispatch import (
 )
 
 __all__ = [
+    "CONFIG_MODULES",
     "INDUCTOR_LOWERING",
     "AutoDispatchBelowAutograd",
     "DisableTorchFunctionSubclass",
@@ -37,6 +40,7 @@ __all__ = [
     "TorchDispatchMode",
     "TracingContext",
     "are_functorch_transforms_active",
+    "changed_settings",
     "dispatch_has_kernel_for_dispatch_key",
     "enable_python_dispatcher",
     "ensure_cuda_device_guard_set",
@@ -47,5 +51,14 @@ __all__ = [
     "transformer_encoder_layer",
 ]
 
+# Modules of settings that change what torch.compile does. They need not be imported: look in sys.modules.
+CONFIG_MODULES = ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config")
+
 # The module of Inductor's lowerings, for asking sys.modules whether somebody has imported it (inductor.py does).
 INDUCTOR_LOWERING = "torch._inductor.lowering"
+
+
+def changed_settings(config: Any) -> dict[str, Any]:
+    """The settings of one of CONFIG_MODULES that are not at their defaults; its load_config takes them."""
+    changed: dict[str, Any] = config._get_dict(skip_default=True)
+    return changed
