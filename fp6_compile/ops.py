@@ -22,10 +22,16 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import SymInt, Tensor
-from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fp6_compile._compat.torch import (
+    AutoDispatchBelowAutograd,
+    FrameAction,
+    FrameExecStrategy,
+    are_functorch_transforms_active,
+    set_code_exec_strategy,
+)
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.cpu.build import load
 from fp6_compile.kernels.triton.config import supports
@@ -54,7 +60,7 @@ _BLOCK = 1 << 19
 
 def _kernel(function: Callable[P, T]) -> Callable[P, T]:
     """Keeps Dynamo out: where it leaves a frame to Python, it would compile those that the frame calls, kernels too."""
-    set_code_exec_strategy(function.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+    set_code_exec_strategy(function.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
     return function
 
 
@@ -205,7 +211,7 @@ class _MM(torch.autograd.Function):
 def _mm_for_autograd(x: Tensor, *packed: Any) -> Tensor:
     """fp6::mm with all of torch's derivatives: the usual one of x, forward-mode ones, and those of torch.func."""
     dual = forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None
-    if dual or torch._C._are_functorch_transforms_active():
+    if dual or are_functorch_transforms_active():
         return F.linear(x, torch.ops.fp6.dequantize(*packed, x.shape[-1], x.dtype))
     if x.requires_grad and torch.is_grad_enabled():
         return _MM.apply(x, *packed)
@@ -213,7 +219,7 @@ def _mm_for_autograd(x: Tensor, *packed: Any) -> Tensor:
 
 
 def _below_autograd(x: Tensor, *packed: Any) -> Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
+    with AutoDispatchBelowAutograd():
         return torch.ops.fp6.mm.default(x, *packed)
 
 

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
+from fp6_compile._compat.torch import is_fake
 from fp6_compile.formats import Format
 
 SCALES = ("absmax", "mse")

@@ -154,7 +154,7 @@ def publish_refresh(refresh: Refresh) -> None:
 
 def count(event: str) -> None:
     """Add one to torch._dynamo.utils.counters["fp6"][event]."""
-    from torch._dynamo.utils import counters  # here, because it imports Triton and Inductor
+    from fp6_compile._compat.dynamo import counters  # here, because it imports Triton and Inductor
 
     counters["fp6"][event] += 1
 

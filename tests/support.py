@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._inductor.compile_fx import compile_fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 from torch.utils._dtype_abbrs import dtype_abbrs
 
@@ -92,6 +93,23 @@ def without_codegen() -> Iterator[Captured]:
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
         yield captured
+
+
+@contextlib.contextmanager
+def explaining_here() -> Iterator[None]:
+    """Inside, `explain` works in this process, without starting one: for tests of what it says. Its imports cost seconds."""
+    from fp6_compile.explanation import process
+    from fp6_compile.explanation.trace import worker
+
+    def explained(request: Any, answer: Callable[..., Any]) -> Any:
+        def ask(*question: Any) -> Any:
+            with unset_fake_temporarily():
+                return answer(*question)
+
+        return worker.explained(request, ask)
+
+    with mock.patch.object(process, "explained", explained):
+        yield
 
 
 class SwiGLU(nn.Module):

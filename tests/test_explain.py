@@ -1,4 +1,4 @@
-"""`explain`: what it says, that it says the same as a compilation, and that it leaves no trace."""
+"""What `explain` says, and that it says the same as a compilation. test_explain_process.py has how it gets to know it."""
 
 import json
 import re
@@ -10,14 +10,11 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 from torch import nn
-from torch._dynamo.utils import counters
 
 import fp6_compile
-from fp6_compile.backend import weights
-from fp6_compile.fake_gpu import device as pretend
 from fp6_compile.fake_gpu import devices
 from fp6_compile.fake_gpu.devices import DEVICES, device_named
-from tests.support import SwiGLU
+from tests.support import SwiGLU, explaining_here
 
 DIM = 128
 
@@ -29,6 +26,13 @@ def _block():
 
 def _x():
     return torch.randn(1, DIM).bfloat16()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _here():
+    """Starting a process takes seconds, and what it finds out does not depend on the process."""
+    with explaining_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +186,7 @@ def test_graph_breaks():
     assert f"{__file__}:{line}" in Parser(found.html()).words
 
 
-class Refused(nn.Module):
+class Skipped(nn.Module):
     """One linear of every kind that is skipped, and one that is quantized."""
 
     def __init__(self):
@@ -198,8 +202,8 @@ class Refused(nn.Module):
         return self.small(y), torch.bmm(x.expand(2, *x.shape), self.experts)
 
 
-def test_refusals():
-    model = Refused().half()
+def test_skipped_linears():
+    model = Skipped().half()
     with torch.no_grad():
         found = fp6_compile.explain(model, torch.randn(1, DIM).half(), device="H200", options={"skip": ["skipped"]})
     assert {linear.name: linear.reason for linear in found.linears} == {
@@ -281,62 +285,6 @@ def test_a_value_is_needed():
     assert f"{__file__}:{line}" in found.stopped
     assert "stopped" in str(found)
     assert len(found.linears) == 1
-
-
-def _packed(model):
-    return [[id(planes.packing) for planes in weights.planes_of(p)] for p in model.parameters()]
-
-
-def test_it_leaves_no_trace():
-    """The user's compiled code, weights, counters, reports and remembered shapes stay as they were."""
-    model, x = _block(), _x()
-    compiled = torch.compile(model, backend="fp6")
-    before = compiled(x)
-    state = {name: (id(tensor), tensor._version) for name, tensor in model.named_parameters()}
-    packed, counts, reports = _packed(model), {k: dict(v) for k, v in counters.items()}, fp6_compile.reports()
-    fp6_compile.explain(compiled, torch.randn(7, DIM).bfloat16(), device="H200")
-    assert state == {name: (id(tensor), tensor._version) for name, tensor in model.named_parameters()}
-    assert _packed(model) == packed
-    assert {k: dict(v) for k, v in counters.items()} == counts
-    assert fp6_compile.reports() == reports
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        assert torch.equal(compiled(x), before)
-    # Had the 7 rows been remembered, these would be a second shape, and the batch would become symbolic.
-    torch._dynamo.reset()
-    fp6_compile.explain(model, torch.randn(7, DIM).bfloat16(), device="cpu")
-    graphs = []
-    torch.compile(model, backend=lambda gm, inputs: graphs.append(gm) or gm.forward)(x)
-    assert not any(
-        isinstance(node.meta["example_value"], torch.SymInt) for node in graphs[0].graph.find_nodes(op="placeholder")
-    )
-    assert len(torch._dynamo.eval_frame._debug_get_cache_entry_list(SwiGLU.forward)) == 1
-
-
-def test_it_takes_no_part_of_the_recompile_limit():
-    linear = torch.nn.Linear(DIM, DIM).bfloat16().requires_grad_(False)
-    model = torch.nn.Sequential(linear)
-    compiled = torch.compile(model, backend="eager", dynamic=False)
-    compiled(_x())
-    for _ in range(3):
-        fp6_compile.explain(model, _x(), device="cpu")
-    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
-        compiled(torch.randn(7, DIM).bfloat16())
-        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-            compiled(torch.randn(8, DIM).bfloat16())
-
-
-def test_without_triton(monkeypatch):
-    """The linears, their bytes and the prediction of the bytes are still there."""
-
-    def missing(device):
-        raise ImportError("No module named 'triton'")
-
-    monkeypatch.setattr(pretend, "fake_device", missing)
-    found = fp6_compile.explain(_block(), _x(), device="H200")
-    assert len(found.quantized) == 3
-    assert found.launches is None
-    assert found.cuda_graphs.hold is None
-    assert "kernels       unknown: no code for a GPU can be generated here: No module named 'triton'" in str(found)
 
 
 def test_bad_arguments():

@@ -8,6 +8,7 @@ import torch
 from expecttest import assert_expected_inline
 
 import fp6_compile
+from tests.support import explaining_here
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
@@ -47,6 +48,13 @@ MODELS = {
     "OPT": ("OPT", {**OTHERS, **OPT}, 7, 5),
     "BART": ("Bart", {**OTHERS, **BART}, 17, 12),
 }
+
+
+@pytest.fixture(autouse=True)
+def _here():
+    """Starting a process takes seconds; test_explain_process.py has a model of transformers in a process of its own."""
+    with explaining_here():
+        yield
 
 
 def _model(name, dtype=torch.bfloat16):

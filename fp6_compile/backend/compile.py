@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.backends import registry
-from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx
-from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.fx import GraphModule
 
 from fp6_compile import lowerings
+from fp6_compile._compat.dynamo import TorchCompileInductorWrapper, registry
+from fp6_compile._compat.inductor import compile_fx
+from fp6_compile._compat.inductor import config as inductor_config
+from fp6_compile._compat.torch import AutoDispatchBelowAutograd, FakeTensor
 from fp6_compile.backend.graph import PackedGraph
 from fp6_compile.backend.passes import FP6Pass
 from fp6_compile.backend.weights import forget_weights
@@ -71,7 +71,7 @@ def fp6(
         if torch.is_grad_enabled():
             return compiled(*inputs)
         # fp6::mm's gradient is a Python kernel, and asking it whether it is needed takes longer than launching the matmul.
-        with torch._C._AutoDispatchBelowAutograd():
+        with AutoDispatchBelowAutograd():
             return compiled(*inputs)
 
     return run
@@ -126,7 +126,7 @@ def inductor_patches(options: Options, on_gpu: bool) -> dict[str, Any]:
     for option, mode, given in (("mode", options.mode, {}), ("inductor", None, dict(options.inductor))):
         try:
             # torch's own wrapper, because it knows the modes, checks names and types, and prepares CUPTI for CUDA graphs.
-            settings |= torch._TorchCompileInductorWrapper(mode, given, None).config
+            settings |= TorchCompileInductorWrapper(mode, given, None).config
         except RuntimeError as error:
             raise ValueError(f"fp6: option {option!r}: {error}") from error
     if settings.get("use_joint_graph_passes") is False:

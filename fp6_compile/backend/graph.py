@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
 from torch.fx import GraphModule, Node
 
+from fp6_compile._compat.torch import TracingContext
 from fp6_compile.backend.find.fused import copied, unfused
 from fp6_compile.backend.find.hidden import hidden_weights
 from fp6_compile.backend.find.linears import Weight, find_weight, is_linear, refusal

@@ -24,19 +24,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._inductor.pattern_matcher import (
+from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
+
+from fp6_compile import ops
+from fp6_compile._compat.inductor import (
     Arg,
     CallFunction,
+    CustomGraphPass,
     KeywordArg,
     Match,
     PatternMatcherPass,
     register_graph_pattern,
 )
-from torch.fx import Graph, Node
-from torch.utils._pytree import tree_leaves
-
-from fp6_compile import ops
 from fp6_compile.backend.views import COPIES, VIEWS, presented_weight, rows_shown
 from fp6_compile.lowerings import source_hash
 from fp6_compile.report import count

@@ -1,18 +1,30 @@
-"""What `explain` found, as data. How it looks is in text.py, page.py and terminal.py."""
+"""What `explain` finds, as data. show/ has how it looks, and explanation.py both together."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections import Counter
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from fp6_compile.explanation.traffic import Traffic
+from dataclasses import dataclass
 
 # What is assumed, because no datasheet says it; benchmarks/simulate.py assumes the same of a GPU.
 SHARE_OF_BANDWIDTH = 0.9
 MICROSECONDS_PER_LAUNCH = {"in a CUDA graph": 2.0, "from the host": 6.0, "on a CPU": 0.0}
+
+
+@dataclass
+class Traffic:
+    """Bytes read: of packed weights, of other parameters and buffers, and of what the caller passes (tokens, KV cache)."""
+
+    packed: int = 0
+    others: int = 0
+    inputs: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.packed + self.others + self.inputs
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.packed + other.packed, self.others + other.others, self.inputs + other.inputs)
 
 
 @dataclass(frozen=True)
@@ -81,11 +93,11 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """What `torch.compile(model, backend="fp6")` makes of a call, told without running it.
+class Result:
+    """What `torch.compile(model, backend="fp6")` would do with a call.
 
     `launches` are the kernels of one call, in order; None if no code could be generated, and `unknown` says why.
-    `traffic` are the bytes that one call reads; `stopped` says where tracing ended early; `note`, what else to know.
+    `traffic` has the bytes that one call reads; `stopped` says where tracing ended early; `note`, what else to know.
     """
 
     model: str
@@ -116,38 +128,6 @@ class Explanation:
     def kinds(self) -> dict[str, int]:
         """How often each kind of kernel is launched, by `kind`."""
         return dict(Counter(map(kind, self.launches or ())))
-
-    def text(self) -> str:
-        """For a terminal without colours; as str()."""
-        from fp6_compile.explanation.show.text import text
-
-        return text(self)
-
-    def json(self) -> str:
-        """All of it, as one JSON object; infinite SQNR is null."""
-        data: dict[str, Any] = {**asdict(self), "predicted_not_measured": True, "kernels": self.kinds}
-        for linear in data["linears"]:
-            linear["sqnr"] = linear["sqnr"] if math.isfinite(linear["sqnr"] or 0) else None
-        return json.dumps(data, indent=1)
-
-    def html(self) -> str:
-        """One page that needs no other file and no network."""
-        from fp6_compile.explanation.show.page import page
-
-        return page(self)
-
-    def __str__(self) -> str:
-        return self.text()
-
-    def _repr_html_(self) -> str:
-        from fp6_compile.explanation.show.page import page
-
-        return page(self, whole=False)
-
-    def __rich__(self) -> Any:
-        from fp6_compile.explanation.show.terminal import renderable
-
-        return renderable(self)
 
 
 def kind(launch: str) -> str:

@@ -1,9 +1,9 @@
-"""Which attention kernel torch takes on an NVIDIA GPU, for a fake one.
+"""Which attention kernel torch chooses on an NVIDIA GPU, for a fake one.
 
-`scaled_dot_product_attention` asks the device, in C++ that a CPU build does not have, and without an answer falls apart
-into matmuls and a softmax. Here the answer is what aten/native/transformers/cuda/sdp_utils.cpp would say, in short: without
-a mask flash attention, with a mask the memory-efficient kernel, which knows no grouped heads. A Hopper may take cuDNN's in
-the place of either; it is one launch, too.
+C++ code that a CPU build of torch lacks makes this choice, and without it `scaled_dot_product_attention` becomes matmuls
+and a softmax. Here is that choice (aten/native/transformers/cuda/sdp_utils.cpp), shortened: flash attention without a mask;
+with a mask the memory-efficient kernel, which supports no grouped heads. On a Hopper torch may choose cuDNN's kernel instead
+of either. That is one launch, too.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from fp6_compile._compat.torch import DispatchKey
+
 aten = torch.ops.aten
 _OP = aten.scaled_dot_product_attention.default
 
 
 @contextlib.contextmanager
 def attention_of_a_gpu() -> Iterator[None]:
-    """Inside, attention on CUDA tensors is traced as one of CUDA's fused kernels where one would be taken."""
-    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    """Inside, attention on CUDA tensors is traced as the fused kernel that would be chosen, if any."""
+    key = DispatchKey.CompositeImplicitAutograd
     with mock.patch.dict(_OP.py_kernels, {key: _attention}):
         _OP._dispatch_cache.clear()
         try:

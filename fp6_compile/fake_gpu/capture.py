@@ -1,15 +1,16 @@
-"""What Inductor generates for a graph, read instead of loaded: the code, and whether a CUDA graph can record it.
+"""The code that Inductor generates for a graph, kept as text instead of loaded, and whether a CUDA graph can record it.
 
-Everything up to the text is the real thing: AOTAutograd, passes, lowerings, scheduler, code generation. In the place of the
-step that would load the text stands one that keeps it. Nothing is compiled by Triton or a C++ compiler, timed, cached, run.
+Everything up to the text is real: AOTAutograd, passes, lowerings, scheduler, code generation. What is replaced is the step
+that would load the text. Triton and the C++ compiler compile nothing, and nothing is timed, cached or run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -25,53 +26,57 @@ _CONFIG = {"fx_graph_cache": False, inductor.BENCHMARK_FUSION: False}
 class Generated:
     """One module that Inductor generated.
 
-    `obstacle` is why no CUDA graph can record it, in Inductor's words; `partitions` are the operators that Inductor leaves
-    out of the recording, and runs between recordings.
+    `partitions` are the operators that Inductor runs outside of CUDA graphs, with its reasons. `obstacle` is why no CUDA
+    graph can record the module, in Inductor's words; only `generate` knows it.
     """
 
     code: str
-    obstacle: str | None
     partitions: tuple[str, ...]
+    obstacle: str | None = None
 
 
-class Capture:
-    """Compiles graphs as far as their code, and keeps that in `generated`."""
+def generate(gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> list[Generated]:
+    """The modules for a graph of Dynamo's; `patches` are settings of torch._inductor.config."""
+    found: list[Generated] = []
+    inner_compile = functools.partial(_inner_compile, found)
+    inductor.compile_fx(gm, inputs, inner_compile=inner_compile, config_patches=dict(patches))
+    return found
 
-    def __init__(self) -> None:
-        self.generated: list[Generated] = []
-        self._latest: tuple[str, tuple[str, ...]] | None = None
 
-    def compile(self, gm: torch.fx.GraphModule, inputs: Sequence[Any], patches: Mapping[str, Any]) -> None:
-        """Generate the code of a graph of Dynamo's; `patches` are settings of torch._inductor.config."""
-        inductor.compile_fx(gm, inputs, inner_compile=self._inner_compile, config_patches=dict(patches))
+def _inner_compile(found: list[Generated], gm: torch.fx.GraphModule, inputs: Sequence[Any], **how: Any) -> Any:
+    modules: list[Generated] = []
 
-    def _inner_compile(self, gm: torch.fx.GraphModule, example_inputs: Sequence[Any], **how: Any) -> Any:
-        self._latest = None
-        with self._instead_of_loading():
-            compiled = inductor.compile_fx_inner(gm, example_inputs, **how)
-        if self._latest is not None:  # a graph without any computation generates none
-            code, partitions = self._latest
-            self.generated.append(Generated(code, _obstacle(gm, compiled, how), partitions))
-        return compiled
+    def keep(graph: Any, generated: Generated) -> Callable[..., Any]:
+        modules.append(generated)
+        return _cannot_run
 
-    @contextlib.contextmanager
-    def _instead_of_loading(self) -> Iterator[None]:
-        capture = self
+    with code_is_kept(keep):
+        compiled = inductor.compile_fx_inner(gm, inputs, **how)
+    found += [replace(module, obstacle=_obstacle(gm, compiled, how)) for module in modules]
+    return compiled
 
-        def compile_to_module(graph: Any) -> types.SimpleNamespace:
-            text, _ = graph.codegen()
-            capture._latest = text.value, _partitions(graph)
-            return types.SimpleNamespace(call=_cannot_run)
 
-        with (
-            mock.patch.object(inductor.GraphLowering, "compile_to_module", compile_to_module),
-            mock.patch.object(inductor.output_code, "cudagraph_post_compile", return_value=None),
-            mock.patch.object(inductor.output_code, "cudagraph_partition_post_compile", return_value=None),
-            mock.patch.object(inductor.AlgorithmSelectorCache, "lookup", _first_wins),
-            mock.patch.object(inductor.AlgorithmSelectorCache, "make_precompile_fn", return_value=dict),
-            inductor.config.patch(_CONFIG),
-        ):
-            yield
+@contextlib.contextmanager
+def code_is_kept(call_of: Callable[[Any, Generated], Callable[..., Any]]) -> Iterator[None]:
+    """Inside, what Inductor generates is not loaded: `call_of(graph, generated)` is called in place of each module's `call`.
+
+    `graph` is Inductor's GraphLowering.
+    """
+
+    def compile_to_module(graph: Any) -> types.SimpleNamespace:
+        text, _ = graph.codegen()
+        return types.SimpleNamespace(call=call_of(graph, Generated(text.value, _partitions(graph))))
+
+    with (
+        mock.patch.object(inductor.GraphLowering, "compile_to_module", compile_to_module),
+        # Recording into a CUDA graph, which needs the device, comes after the code is made.
+        mock.patch.object(inductor.output_code, "cudagraph_post_compile", return_value=None),
+        mock.patch.object(inductor.output_code, "cudagraph_partition_post_compile", return_value=None),
+        mock.patch.object(inductor.AlgorithmSelectorCache, "lookup", _first_wins),
+        mock.patch.object(inductor.AlgorithmSelectorCache, "make_precompile_fn", return_value=dict),
+        inductor.config.patch(_CONFIG),
+    ):
+        yield
 
 
 def _cannot_run(*_: Any) -> Any:
@@ -79,7 +84,7 @@ def _cannot_run(*_: Any) -> Any:
 
 
 def _first_wins(_: Any, choices: Sequence[Any], *args: Any, **how: Any) -> dict[Any, float]:
-    """Autotuning without a device: of several choices the first is taken, nothing is timed."""
+    """Autotuning without a device: nothing is timed, and the first of several choices wins."""
     return {choice: float(rank) for rank, choice in enumerate(choices)}
 
 
@@ -95,7 +100,7 @@ def _obstacle(gm: torch.fx.GraphModule, compiled: Any, how: dict[str, Any]) -> s
 
 
 def _partitions(graph: Any) -> tuple[str, ...]:
-    """Operators that Inductor's scheduler leaves out of CUDA graphs, with its reasons."""
+    """Operators that Inductor's scheduler runs outside of CUDA graphs, with its reasons."""
     if not inductor.config.graph_partition:
         return ()
     should: Callable[[Any], str | None] = graph.scheduler.should_partition

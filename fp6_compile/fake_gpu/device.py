@@ -1,11 +1,11 @@
-"""A fake CUDA device: what Inductor asks of one while it compiles, answered without one.
+"""A fake CUDA device: everything that Inductor needs of a GPU to generate code for it.
 
-Inductor compiles for a GPU that it never touches until the generated module is loaded. Up to there it asks four things, and
-`fake_device` answers them: tensors that say "cuda" (the caller's FakeTensorMode), properties of the device (a
-DeviceInterface and a few `torch.cuda` functions), a target for Triton, and a C++ device guard, which a CPU build of torch
-does not carry. Everything is put back on exit, and whatever was cached about the device is forgotten.
+Inductor does not use the GPU before it loads the module that it has generated. Until then it needs four things. The caller's
+FakeTensorMode has the first, tensors whose device is "cuda". `fake_device` has the others: properties of the device (a
+DeviceInterface and some `torch.cuda` functions), a target for Triton, and a C++ device guard, which a CPU build of torch
+lacks. On exit everything is as it was, and nothing about the fake device is left in a cache.
 
-Nothing runs on this device. It is how `explain` sees the code for a GPU that is not at hand, and how our tests do.
+This replaces functions of torch for all threads of the process. So `explain` does it in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,24 +21,21 @@ from unittest import mock
 
 import torch
 from torch.fx.experimental import proxy_tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from fp6_compile._compat import inductor
+from fp6_compile._compat.torch import TorchDispatchMode, ensure_cuda_device_guard_set
 from fp6_compile.fake_gpu.attention import attention_of_a_gpu
 from fp6_compile.fake_gpu.devices import Device
 from fp6_compile.fake_gpu.driver import fake_target
 
-# Modules whose functools caches hold answers about the device; the same three in torch 2.11, 2.13 and 2.15. All of their
-# caches are questions with no side effect (unlike fx_passes, where a cache guards a registration).
-_MODULES_WITH_DEVICE_CACHES = ("torch._inductor.utils", "torch._inductor.runtime.hints", "torch.utils._triton")
-# Compiling for a device that cannot be timed: shape_padding times two matmuls. Worker processes would not see our stand-ins.
+# shape_padding times two matmuls, which a fake device cannot; worker processes would not see what is replaced here.
 _CONFIG = {"shape_padding": False, "compile_threads": 1}
 
 
 @contextlib.contextmanager
 def fake_device(device: Device) -> Iterator[None]:
-    """Inside, cuda:0 is `device` to Inductor and Triton, which must be a CUDA device.
+    """Inside, cuda:0 is `device`, an NVIDIA GPU, to Inductor and Triton.
 
     Raises ImportError where Triton is not installed, and OSError or ValueError where torch's C++ library is not as expected.
     """
@@ -90,7 +86,7 @@ def _properties(device: Device) -> types.SimpleNamespace:
 
 
 def _interface(properties: types.SimpleNamespace) -> type:
-    """The DeviceInterface of the fake device; what it does not answer is CudaInterface's, and fails loudly."""
+    """The DeviceInterface of the fake device. What is not defined here is CudaInterface's, and raises an error."""
 
     class FakeWorker(inductor.CudaInterface.Worker):
         set_device = staticmethod(lambda device: None)
@@ -116,7 +112,7 @@ def _interface(properties: types.SimpleNamespace) -> type:
 
 
 def _answers(properties: types.SimpleNamespace) -> dict[str, Callable[..., Any]]:
-    """To what Inductor asks torch.cuda directly, past the DeviceInterface."""
+    """Functions of torch.cuda that Inductor calls directly instead of through the DeviceInterface."""
     return {
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: (properties.major, properties.minor),
@@ -129,7 +125,7 @@ def _answers(properties: types.SimpleNamespace) -> dict[str, Callable[..., Any]]
 
 
 class _OnCPU(TorchDispatchMode):
-    """What is asked of the GPU is done on the CPU."""
+    """Operators that are to run on the GPU run on the CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(
@@ -139,7 +135,7 @@ class _OnCPU(TorchDispatchMode):
 
 
 def _fold_on_cpu(run: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Inductor finds uniform constants by computing with them."""
+    """`run` on the CPU: Inductor finds uniform constants by computing them."""
 
     def folding(self: Any) -> Any:
         with _OnCPU():
@@ -157,7 +153,7 @@ def _device_guard() -> Iterator[None]:
     torch._C._ensureCUDADeviceGuardSet installs in a CUDA build without a GPU, so it is lent to CUDA meanwhile.
     """
     if torch.backends.cuda.is_built():
-        torch._C._ensureCUDADeviceGuardSet()
+        ensure_cuda_device_guard_set()
         yield
         return
     cuda, meta = 1, 14  # c10::DeviceType
@@ -175,11 +171,9 @@ def _device_guard() -> Iterator[None]:
 
 def _forget_the_device() -> None:
     """Empty every cache of Inductor's that may hold an answer about the device."""
-    for name in _MODULES_WITH_DEVICE_CACHES:
-        if name not in sys.modules:
-            continue
-        members = list(vars(sys.modules[name]).values())
-        classes = [member for member in members if isinstance(member, type) and member.__module__ == name]
+    for module in inductor.MODULES_WITH_DEVICE_CACHES:
+        members = list(vars(module).values())
+        classes = [member for member in members if isinstance(member, type) and member.__module__ == module.__name__]
         members += [getattr(cls, attribute) for cls in classes for attribute in vars(cls)]
         for member in members:
             if isinstance(getattr(member, "__func__", member), functools._lru_cache_wrapper):

@@ -1,4 +1,4 @@
-"""Triton for a GPU that is not there: a driver that only names its target, so that kernels can be written, not launched."""
+"""A driver for Triton that names its target and can do nothing else: kernels are generated for it, not launched."""
 
 from __future__ import annotations
 
@@ -24,22 +24,19 @@ class _Driver:
 @contextlib.contextmanager
 def fake_target(sm: int) -> Iterator[None]:
     """Inside: Triton's target is sm_{sm}. Raises ImportError where Triton is missing."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+    from fp6_compile._compat.triton import GPUTarget, driver
+    from fp6_compile.kernels.selection.choices import describe
 
-    from fp6_compile.kernels.selection import choices as device
-
-    driver = _Driver(GPUTarget("cuda", sm, 32))
-    device.describe.cache_clear()
+    describe.cache_clear()
     try:
-        with mock.patch.object(triton.runtime.driver, "_active", driver):
+        with mock.patch.object(driver, "_active", _Driver(GPUTarget("cuda", sm, 32))):
             yield
     finally:
-        device.describe.cache_clear()
+        describe.cache_clear()
 
 
 def no_self_test() -> AbstractContextManager[object]:
-    """Inside, nothing is launched to see whether wgmma works: it is not used."""
+    """Inside, the self-test of wgmma, which would launch kernels, fails: wgmma is not used."""
     from fp6_compile.kernels.selection import selftest
 
     return mock.patch.object(selftest, "passes", return_value=False)

@@ -115,8 +115,7 @@ def _scale(inputs: list[Any], how: Mapping[str, Any]) -> Any:
 
 def _best(choices: list[Any], inputs: list[Any], out: Any, how: Mapping[str, Any]) -> Any:
     zeros = None if inputs[-1] is _scale(inputs, how) else {len(inputs) - 1: split_k.zero_locks}
-    chosen = inductor.autotune_select_algorithm("fp6_mm", choices, inputs, out, input_gen_fns=zeros)
-    return chosen[0] if isinstance(chosen, tuple) else chosen  # with the choice, from torch 2.12
+    return inductor.autotune_select_algorithm("fp6_mm", choices, inputs, out, input_gen_fns=zeros)
 
 
 _call_eager = inductor.fallback_handler(torch.ops.fp6.mm.default, add_to_fallback_set=False)

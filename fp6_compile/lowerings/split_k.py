@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from fp6_compile._compat import inductor
+from fp6_compile._compat.torch import OpOverload
 from fp6_compile.kernels.triton.config import LOCKS
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -31,7 +32,7 @@ def reduction_follows(node: Node) -> bool:
     """Whether a reduction reads `node`, directly or past views and pointwise operators that keep its size."""
     size = node.meta["val"].numel()
     for user in node.users:
-        if user.op != "call_function" or not isinstance(user.target, torch._ops.OpOverload):
+        if user.op != "call_function" or not isinstance(user.target, OpOverload):
             continue
         if torch.Tag.reduction in user.target.tags:
             return True

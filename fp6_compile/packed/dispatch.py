@@ -14,9 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves
 
+from fp6_compile._compat.torch import (
+    DisableTorchFunctionSubclass,
+    dispatch_has_kernel_for_dispatch_key,
+    return_and_correct_aliasing,
+)
 from fp6_compile.formats import get_format
 from fp6_compile.layouts.packing import layout_for, pack
 
@@ -34,7 +38,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     if func in _IMPLEMENTATIONS:
         return _IMPLEMENTATIONS[func](func, args, kwargs)
-    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+    if dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return func.decompose(*args, **kwargs)
     weight = next(leaf for leaf in tree_leaves((args, kwargs)) if _is_packed(leaf))
     raise NotImplementedError(
@@ -46,7 +50,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     """F.linear of arguments of which at least one is a PackedTensor."""
     if not _is_packed(weight) or weight.spec.transposed:
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return F.linear(input, weight, bias)
     out = weight.mm(input)
     return out if bias is None else out + bias.to(out.dtype)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fp6_compile import lowerings, ops  # noqa: F401  (ops defines fp6::mm)
+from fp6_compile._compat.torch import INDUCTOR_LOWERING, DisableTorchFunctionSubclass
 from fp6_compile.formats import AUTO, DEFAULT, get_format
 from fp6_compile.kernels.cpu import quantize as cpu
 from fp6_compile.kernels.pack import quantized
@@ -186,7 +187,7 @@ class PackedTensor(Tensor):
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], spec: Spec, size: Any, stride: Any) -> PackedTensor:
-        if "torch._inductor.lowering" in sys.modules:  # someone compiles with Inductor, by whatever backend
+        if INDUCTOR_LOWERING in sys.modules:  # someone compiles with Inductor, by whatever backend
             lowerings.register()
         return cls([inner[name] for name in plane_names(get_format(spec.format))], inner["scale"], spec)
 
@@ -194,7 +195,7 @@ class PackedTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear:
             return dispatch.linear(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
     @classmethod
@@ -224,7 +225,7 @@ class PackedTensor(Tensor):
             raise TypeError(
                 f"fp6: .data of {self!r} cannot be a {value.dtype} tensor; PackedTensor.quantize(weight) packs one"
             )
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             _DATA.__set__(self, value)
         self._held, self.spec = value._held, value.spec
 

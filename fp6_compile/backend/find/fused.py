@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node, map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from fp6_compile._compat.torch import FakeTensor, transformer_encoder_layer
 
 
 def copied(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
@@ -136,5 +137,5 @@ def _encoder_layer(
 # By what Dynamo calls: a function of the same arguments that make_fx can trace through.
 _PLAIN: dict[Any, Callable[..., Any]] = {
     F.multi_head_attention_forward: F.multi_head_attention_forward,
-    torch._transformer_encoder_layer_fwd: _encoder_layer,
+    transformer_encoder_layer: _encoder_layer,
 }

@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node, map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fp6_compile._compat.torch import TorchDispatchMode, enable_python_dispatcher
 from fp6_compile.backend.find.linears import Weight, function_name
 
 # Operators that multiply matrices, by the ends and middles of their names. Convolutions are none.

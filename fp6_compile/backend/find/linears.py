@@ -15,11 +15,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.fx import Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
+from fp6_compile._compat.torch import OpOverload, OpOverloadPacket, is_traceable_wrapper_subclass
 from fp6_compile.config import Options
 from fp6_compile.kernels.triton.config import supports
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from fp6_compile._compat.dynamo import CONVERT_FRAME, EVAL_FRAME, source_name
 from fp6_compile.config import Options, names_in, warn_of_unmatched
 
 log = logging.getLogger("fp6_compile")
@@ -84,7 +85,7 @@ class Names:
         """The model that an input belongs to, and the expression for it; None for one that no module has."""
         source, expressions = getattr(node.meta.get("grapharg"), "source", None), []
         while source is not None:
-            expressions.append(_text(source))
+            expressions.append(source_name(source))
             source = getattr(source, "base", None)
         for expression in reversed(expressions):
             found = self._evaluated(expression)
@@ -124,8 +125,8 @@ def _call_stack() -> tuple[list[torch.nn.Module], Mapping[str, Any]]:
     """
     frame: Any = sys._getframe()
     traced, values = None, list[Any]()
-    while frame is not None and (room := frame.f_globals.get("__name__")) != "torch._dynamo.eval_frame":
-        if room == "torch._dynamo.convert_frame":  # what is above it are Dynamo and this backend
+    while frame is not None and (room := frame.f_globals.get("__name__")) != EVAL_FRAME:
+        if room == CONVERT_FRAME:  # what is above it are Dynamo and this backend
             traced, values = frame.f_locals.get("frame", traced), []
         elif traced is not None:
             values += _variables(frame)
@@ -150,12 +151,7 @@ def _is_matrix(placeholder: Node) -> bool:
 
 def _source(placeholder: Node) -> str:
     """Where Dynamo found the input, as Python text: `L['self']._modules['fc']._parameters['weight']`."""
-    return _text(getattr(placeholder.meta.get("grapharg"), "source", None))
-
-
-def _text(source: Any) -> str:
-    name = getattr(source, "name", "")
-    return name if isinstance(name, str) else name()  # a method before torch 2.12
+    return source_name(getattr(placeholder.meta.get("grapharg"), "source", None))
 
 
 def _path(source: str, keep_variable: bool = False) -> str:

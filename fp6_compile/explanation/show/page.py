@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from fp6_compile.explanation.result import Linear, Result
 from fp6_compile.explanation.show import text
 from fp6_compile.report import size_text
-
-if TYPE_CHECKING:
-    from fp6_compile.explanation.result import Explanation, Linear
 
 # A full bar: more than six bits reach.
 _MOST_DB = 40.0
 
 
-def page(found: Explanation, whole: bool = True) -> str:
+def page(found: Result, whole: bool = True) -> str:
     """A page, or, for notebooks, what would stand in its body."""
     style = Path(__file__).with_name("page.css").read_text()
     parts = [_head(found), _cards(found), _breaks(found), _table(found)]
@@ -29,12 +26,12 @@ def page(found: Explanation, whole: bool = True) -> str:
     return f'<!doctype html><html lang="en"><head>{about}<title>{title}</title></head><body>{body}</body></html>\n'
 
 
-def _head(found: Explanation) -> str:
+def _head(found: Result) -> str:
     where = f"backend fp6 ({escape(found.options)}), on {escape(found.device)}; nothing was run"
     return f"<h1>{escape(found.model)}</h1><p class=sub>{where}</p>"
 
 
-def _cards(found: Explanation) -> str:
+def _cards(found: Result) -> str:
     read, guess = found.traffic, found.prediction
     about_time = f"{'<br>'.join(escape(part(found)) for part in (text.times, text.formula, text.sources))}"
     before, after = (sum(getattr(x, key) for x in found.linears) for key in ("bytes_before", "bytes_after"))
@@ -63,7 +60,7 @@ def _card(card: tuple[str, ...]) -> str:
     return f"<section><h2>{name}</h2><p class=big>{value}</p><p>{more}</p></section>"
 
 
-def _breaks(found: Explanation) -> str:
+def _breaks(found: Result) -> str:
     lines = [
         f"<li><code>{escape(stop.file)}:{stop.line}</code> <code>{escape(stop.source)}</code><br>{escape(stop.reason)}"
         for stop in found.breaks
@@ -72,7 +69,7 @@ def _breaks(found: Explanation) -> str:
     return (f"<h2>Graph breaks</h2><ol>{''.join(lines)}</ol>" if lines else "") + stopped
 
 
-def _table(found: Explanation) -> str:
+def _table(found: Result) -> str:
     most = max((linear.bytes_before for linear in found.linears), default=1)
     head = "".join(f"<th>{name}" for name in ("", "linear", "shape", "format", "bytes", "SQNR", ""))
     rows = "".join(_row(linear, most) for linear in found.linears)

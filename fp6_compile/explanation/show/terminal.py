@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from fp6_compile.explanation.result import Result
 from fp6_compile.explanation.show import text
 
-if TYPE_CHECKING:
-    from fp6_compile.explanation.result import Explanation
 
-
-def renderable(found: Explanation) -> Any:
+def renderable(found: Result) -> Any:
     """What rich prints. Only rich asks for it, so rich is there."""
     from rich.console import Group
     from rich.table import Table

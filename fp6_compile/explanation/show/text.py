@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
+from fp6_compile.explanation.result import Linear, Result
 from fp6_compile.report import size_text
-
-if TYPE_CHECKING:
-    from fp6_compile.explanation.result import Explanation, Linear
-
 
 HEAD = ("", "linear", "shape", "format", "bytes", "SQNR", "")
 JUSTIFY: tuple[Literal["left", "right"], ...] = ("left", "left", "right", "left", "right", "right", "left")
 
 
-def text(found: Explanation) -> str:
+def text(found: Result) -> str:
     """All of it, a line for each linear."""
     facts = "\n".join(f"{name:<12}  {value}" for name, value in summary(found))
     return f"{title(found)}\n\n{facts}\n\n{_table(found.linears)}"
 
 
-def title(found: Explanation) -> str:
+def title(found: Result) -> str:
     """What was explained."""
     return f"{found.model}, backend fp6 ({found.options}), on {found.device}: nothing was run"
 
 
-def summary(found: Explanation) -> Iterator[tuple[str, str]]:
+def summary(found: Result) -> Iterator[tuple[str, str]]:
     """The facts above the table: a name and a sentence each."""
     before, after = (sum(getattr(x, key) for x in found.linears) for key in ("bytes_before", "bytes_after"))
     yield (
@@ -49,12 +46,12 @@ def summary(found: Explanation) -> Iterator[tuple[str, str]]:
     yield "", sources(found)
 
 
-def breaks(found: Explanation) -> str:
+def breaks(found: Result) -> str:
     """How many graph breaks."""
     return {0: "no graph breaks", 1: "1 graph break"}.get(len(found.breaks), f"{len(found.breaks)} graph breaks")
 
 
-def cuda_graphs(found: Explanation) -> tuple[str, str]:
+def cuda_graphs(found: Result) -> tuple[str, str]:
     """Whether they hold, in a word, and why or why not."""
     graphs = found.cuda_graphs
     if graphs.hold:
@@ -62,7 +59,7 @@ def cuda_graphs(found: Explanation) -> tuple[str, str]:
     return "unknown" if graphs.hold is None else "do not hold", "; ".join(graphs.reasons)
 
 
-def kernels(found: Explanation) -> str:
+def kernels(found: Result) -> str:
     """How many a call launches, by kind."""
     if found.launches is None:
         return f"unknown: {found.unknown}"
@@ -70,14 +67,14 @@ def kernels(found: Explanation) -> str:
     return f"{len(found.launches)} a call: {', '.join(f'{count} {kind}' for kind, count in kinds)}"
 
 
-def reads(found: Explanation) -> str:
+def reads(found: Result) -> str:
     """What the bytes are that a call reads."""
     read = found.traffic
     parts = {"packed weights": read.packed, "other weights": read.others, "inputs and KV cache": read.inputs}
     return ", ".join(f"{size_text(count)} {name}" for name, count in parts.items())
 
 
-def times(found: Explanation) -> str:
+def times(found: Result) -> str:
     """Predicted milliseconds."""
     guess = found.prediction
     if guess.ms is None or guess.ms_16bit is None:
@@ -91,7 +88,7 @@ def time_text(ms: float) -> str:
     return f"{ms:.3g} ms" if ms >= 0.1 else f"{1e3 * ms:.3g} us"
 
 
-def formula(found: Explanation) -> str:
+def formula(found: Result) -> str:
     """What the prediction is the sum of."""
     guess = found.prediction
     rate = "an unknown bandwidth" if guess.gb_per_s is None else f"{guess.gb_per_s:.4g} GB/s"
@@ -99,7 +96,7 @@ def formula(found: Explanation) -> str:
     return f"= bytes read / ({guess.share:g} of {rate}){launches}"
 
 
-def sources(found: Explanation) -> str:
+def sources(found: Result) -> str:
     """Where the prediction's numbers are from."""
     return f"assumed: share, launch, and that arithmetic is free; bandwidth: {found.prediction.source}"
 

@@ -92,8 +92,7 @@ def _load() -> ctypes.CDLL | None:
 
 def _build() -> Path:
     # Here, because importing Inductor takes a second that a model without packed weights on a CPU need not wait.
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.runtime.runtime_utils import cache_dir
+    from fp6_compile._compat.inductor_build import cache_dir, get_cpp_compiler
 
     if sys.platform == "win32":
         raise RuntimeError("building on Windows is not supported")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 import triton
-from triton.runtime.cache import get_cache_manager
 
+from fp6_compile._compat.triton import get_cache_manager, knobs
 from fp6_compile.formats import Format
 from fp6_compile.kernels.triton.config import Config, Device, config_for
 from fp6_compile.kernels.triton.run import run
@@ -66,7 +66,7 @@ def _is_exact(device: torch.device, dtype: torch.dtype, fmt: Format, group_size:
 def _key(device: torch.device, dtype: torch.dtype, fmt: Format, group_size: int | None) -> str:
     """Of device, driver side of torch, compilers and kernels: whatever changes, the test runs again."""
     kernels = b"".join(path.read_bytes() for path in sorted(Path(__file__).parents[1].rglob("*.py")))
-    assembler = triton.knobs.nvidia.ptxas  # TRITON_PTXAS_PATH may name another
+    assembler = knobs.nvidia.ptxas  # TRITON_PTXAS_PATH may name another
     versions = torch.__version__, triton.__version__, assembler.path, assembler.version
     about = (torch.cuda.get_device_name(device), versions, dtype, fmt, group_size)
     return hashlib.sha256(repr(about).encode() + kernels).hexdigest()

@@ -8,16 +8,16 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
-import triton
 from torch import Tensor
 
+from fp6_compile._compat.triton import JITFunction
 from fp6_compile.formats import Format
 from fp6_compile.kernels.triton.config import LOCKS, Config, constexprs
 from fp6_compile.kernels.triton.mm import mm_kernel
 
 # TRITON_INTERPRET is read by triton.jit, when the kernel is defined.
 T = TypeVar("T")
-INTERPRETED = not isinstance(mm_kernel, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(mm_kernel, JITFunction)
 
 
 def uses_asm(device_type: str) -> bool:

@@ -7,32 +7,15 @@ stays in the cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from fp6_compile.explanation.result import Traffic
 from fp6_compile.packed.tensor import PackedTensor
 
 _LOOKUPS = {"embedding", "index_select", "gather"}
-
-
-@dataclass
-class Traffic:
-    """Bytes read: of packed weights, of other parameters and buffers, and of what the caller passes (tokens, KV cache)."""
-
-    packed: int = 0
-    others: int = 0
-    inputs: int = 0
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.packed + self.others + self.inputs
-
-    def __add__(self, other: Traffic) -> Traffic:
-        return Traffic(self.packed + other.packed, self.others + other.others, self.inputs + other.inputs)
 
 
 def traffic(graph: Graph, inputs: Sequence[Any], planes: Sequence[Tensor], owned: set[int]) -> Traffic:

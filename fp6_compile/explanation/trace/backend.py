@@ -1,18 +1,17 @@
-"""What torch.compile would make of a call: its graphs, linears, launches and graph breaks, without running any of it.
+"""A backend for torch.compile that notes graphs, linears and kernels, and runs none of them.
 
-Dynamo, the search for linears, AOTAutograd, the pass and Inductor's code generation are the real ones. They see fakes
-(fakes.py), and weights are packed in shape only; their values are asked for nothing but their error.
+Dynamo, the search for linears, AOTAutograd, the graph pass and Inductor's code generation are the real ones. They work on
+fakes (fakes.py), and weights are packed in shape only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from fp6_compile import lowerings
@@ -21,10 +20,11 @@ from fp6_compile.backend.find.merging import Candidate
 from fp6_compile.backend.graph import PackedGraph
 from fp6_compile.backend.planes import PackSpec, Planes, Stamp
 from fp6_compile.config import Options
-from fp6_compile.explanation.error import sqnr
-from fp6_compile.explanation.fakes import Fakes
-from fp6_compile.explanation.launches import launches
-from fp6_compile.explanation.traffic import Traffic, traffic
+from fp6_compile.explanation.result import Traffic
+from fp6_compile.explanation.trace.fakes import Fakes
+from fp6_compile.explanation.trace.launches import launches
+from fp6_compile.explanation.trace.traffic import traffic
+from fp6_compile.fake_gpu.capture import generate
 from fp6_compile.formats import AUTO, Format, get_format
 from fp6_compile.layouts.packing import pack
 from fp6_compile.packed.tensor import PackedTensor
@@ -59,12 +59,15 @@ class Trace:
     `found` has each weight once, in the order of running.
     """
 
-    def __init__(self, fakes: Fakes, model: nn.Module, options: Options, unknown: str | None = None) -> None:
+    def __init__(
+        self, fakes: Fakes, model: nn.Module, options: Options, ask: Callable[..., Any], unknown: str | None = None
+    ) -> None:
         self.options = options
         self.unknown = unknown  # why no code can be generated
         self.found: dict[int, Found] = {}
         self.step = Step()
         self._fakes = fakes
+        self._ask = ask
         patches = inductor_patches(options, fakes.device.type == "cuda")
         self.asks_for_cuda_graphs = bool(patches.get("triton.cudagraphs"))
         self._patches = {**patches, "triton.cudagraphs": True}
@@ -74,7 +77,7 @@ class Trace:
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Note what would be generated for a graph of Dynamo's; its calls compute fakes, and are noted, too."""
-        packed = _ShapedGraph(gm, example_inputs, self.options, self._fakes)
+        packed = _ShapedGraph(gm, example_inputs, self.options, self._fakes, self._ask)
         inputs = packed.inputs()
         kept = [example_inputs[position] for position in packed.kept]
         read = traffic(packed.gm.graph, kept, packed.planes(), set(self._names))
@@ -91,19 +94,14 @@ class Trace:
     def _generate(self, packed: PackedGraph, inputs: Sequence[Any]) -> Step:
         if self.unknown is not None:
             return Step()
-        from fp6_compile.fake_gpu.capture import Capture
-
         lowerings.register()
-        capture = Capture()
         try:
             with torch.no_grad():  # a backward pass asks for a device even to be traced
-                capture.compile(packed.gm, inputs, self._patches)
-        except (
-            Exception
-        ) as error:  # whatever Inductor stumbles over on a device that is not there: the rest still holds
+                modules = generate(packed.gm, inputs, self._patches)
+        except Exception as error:  # whatever Inductor cannot do without the device; the rest of the result still holds
             return Step(failures=[f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"])
         step = Step()
-        for module in capture.generated:
+        for module in modules:
             step.launches += launches(module.code)
             step.obstacles += [module.obstacle] if module.obstacle else []
             step.partitions += module.partitions
@@ -129,35 +127,39 @@ class Trace:
 
 
 class _ShapedGraph(PackedGraph):
-    """With weights that are packed in shape only. Values, where there are any, are measured and may refuse to be packed."""
+    """A graph whose weights are packed in shape only. What depends on their values is asked of who has them.
 
-    def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options, fakes: Fakes) -> None:
+    As in a real compilation, a weight with NaN or infinite values is not packed.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        options: Options,
+        fakes: Fakes,
+        ask: Callable[..., Any],
+    ) -> None:
         self.specs: dict[str, PackSpec] = {}
         self._fakes = fakes
+        self._ask = ask
         self._errors: dict[int, float | None] = {}
         super().__init__(gm, example_inputs, options)
 
     def error_of(self, fake: Tensor, spec: PackSpec) -> float | None:
-        """The error of a weight in dB; None where its values are not known."""
+        """The SQNR of a weight in dB; None where its values are not known."""
         if id(fake) not in self._errors:
-            real = self._fakes.real(fake)
-            known = real is not None and not real.is_meta and not isinstance(real, PackedTensor)
-            with unset_fake_temporarily():
-                self._errors[id(fake)] = sqnr(real, spec) if known and real is not None else None
+            key = self._fakes.key(fake)
+            self._errors[id(fake)] = None if key is None else self._ask("sqnr", key, spec)
         return self._errors[id(fake)]
 
     def _format(self, group: list[Candidate], transposed: bool) -> Format:
-        """By the weights' values if format="auto" asks for them; the first that it would try where they are not known."""
-        reals = [self._fakes.real(candidate.value) for candidate in group]
-        known = [
-            replace(c, value=real)
-            for c, real in zip(group, reals, strict=True)
-            if real is not None and not real.is_meta
-        ]
-        if len(known) < len(group):
-            return get_format(AUTO[0]) if self.options.format == "auto" else super()._format(group, transposed)
-        with unset_fake_temporarily():
-            return super()._format(known, transposed)
+        """As format="auto" chooses it; where the weights' values are not known, the first that it would try."""
+        if group[0].packed or self.options.format != "auto":
+            return super()._format(group, transposed)
+        keys = [self._fakes.key(candidate.value) for candidate in group]
+        how = transposed, self.options.group_size, self.options.scale
+        return get_format((None if None in keys else self._ask("best_format", keys, *how)) or AUTO[0])
 
     def _planes_of(self, group: list[Candidate], spec: PackSpec) -> Planes:
         for candidate in group:
