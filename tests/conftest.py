@@ -1,10 +1,14 @@
 """Fixtures: every test starts from a clean Dynamo, and GPU tests are skipped where there is no GPU."""
 
+import shutil
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.support import without_codegen
+import fp6_compile
+from tests.support.checkpoints import packed_tower
+from tests.support.graphs import without_codegen
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +25,22 @@ def captured():
     """Compilation up to the pass, and what went through it."""
     with without_codegen() as graphs:
         yield graphs
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder with a packed model in three shards."""
+    folder = tmp_path_factory.mktemp("saved")
+    fp6_compile.save(packed_tower(), folder, shard_bytes=200_000)
+    assert len(list(folder.glob("*.safetensors"))) == 3
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of it, to be damaged."""
+    shutil.copytree(saved, tmp_path / "copy")
+    return tmp_path / "copy"
 
 
 def pytest_collection_modifyitems(items):

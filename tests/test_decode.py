@@ -224,6 +224,7 @@ def test_a_provider_that_fails_does_not_stop_the_others(small, captured, capfd, 
     assert "inductor: not measured: CUDA out of memory" in printed
 
 
+@pytest.mark.slow
 def test_a_worker_measures_in_a_process_of_its_own_and_says_why_it_fails():
     settings = {"model": "tiny", "device": "cpu", "dtype": "bf16", "prompt": 2, "tokens": 3}
     worker = Worker(Settings("eager", **settings))

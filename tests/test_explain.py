@@ -17,7 +17,7 @@ from fp6_compile.backend import weights
 from fp6_compile.fake_gpu import device as pretend
 from fp6_compile.fake_gpu import devices
 from fp6_compile.fake_gpu.devices import DEVICES, device_named
-from tests.support import SwiGLU
+from tests.support.models import SwiGLU
 
 DIM = 128
 

@@ -11,8 +11,7 @@ from fp6_compile.kernels.selection import launch, selftest
 from fp6_compile.kernels.selection.choices import choices
 from fp6_compile.kernels.triton import run
 from fp6_compile.layouts.packing import gpu_layout, pack
-from tests.support import SIX_BITS
-from tests.test_kernels import (
+from tests.support.kernels import (
     BF16,
     BUCKETS,
     E2M3,
@@ -22,6 +21,7 @@ from tests.test_kernels import (
     GEMM,
     ONE_HOT,
     OTHER_FORMATS,
+    SPLIT,
     activations,
     check_codes,
     check_gemm,
@@ -30,7 +30,7 @@ from tests.test_kernels import (
     product,
     show,
 )
-from tests.test_split_k import SPLIT
+from tests.support.references import SIX_BITS
 
 pytestmark = pytest.mark.gpu
 

@@ -57,9 +57,14 @@ def test_amd(dtype):
 CASE = Case("sm_90", 8, WIDE, "e3m2", "fp16")
 
 
+@pytest.fixture(scope="module")
+def measured():
+    return sass.measure(CASE)
+
+
 @pytest.fixture
-def row(rows):
-    return dict(rows[CASE.name])
+def row(measured):
+    return dict(measured)
 
 
 @pytest.mark.parametrize("figure", sass.BUDGETED)

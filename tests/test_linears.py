@@ -8,7 +8,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fp6_compile
 from fp6_compile.backend.find import names
-from tests.support import close, dequantized_
+from tests.support.references import close, dequantized_
 
 N, K = 128, 256
 

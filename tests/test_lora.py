@@ -14,7 +14,7 @@ from examples.decode import lora
 from examples.decode.loop import Sampling, State, make_prefill, make_step, run
 from examples.decode.weights import build
 from fp6_compile import PackedTensor
-from tests.support import close
+from tests.support.references import close
 
 SMALL = ModelConfig(vocab=320, dim=128, layers=1, heads=4, kv_heads=2, hidden=384)
 PROMPT, TOKENS = 4, 6

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from fp6_compile.formats import FORMATS
 from fp6_compile.layouts.gpu_tiles import BLOCK_K, GPU_LAYOUTS, LANES, float_mask
 from fp6_compile.layouts.packing import CPU, LAYOUTS, PLANES, inputs_held, layout_for, pack, rows_per_index, unpack
-from tests.support import SIX_BITS
+from tests.support.references import SIX_BITS
 
 SHAPES = [(1, 1), (16, 256), (17, 257), (48, 512), (5, 1023)]
 
