@@ -1,7 +1,8 @@
-"""Fixtures: every test starts from a clean Dynamo, and GPU tests are skipped where there is no GPU."""
+"""Every test starts from a clean Dynamo; GPU tests are skipped where there is no GPU; what hypothesis runs."""
 
 import shutil
 
+import hypothesis
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -9,6 +10,13 @@ from torch._dynamo.utils import counters
 import fp6_compile
 from tests.support.checkpoints import packed_tower
 from tests.support.graphs import without_codegen
+from tests.support.soak import count
+
+# The same examples in every run: a failure is one that everybody sees.
+hypothesis.settings.register_profile(
+    "fp6", derandomize=True, database=None, deadline=None, max_examples=count(2000, 50)
+)
+hypothesis.settings.load_profile("fp6")
 
 
 @pytest.fixture(autouse=True)

@@ -96,7 +96,7 @@ def test_second_process_hits_and_an_edited_kernel_misses(copy):
 
     (copy / "fp6_compile/kernels/selection/tuned").mkdir(exist_ok=True)
     (copy / "fp6_compile/kernels/selection/tuned/a_device.json").write_text("{}")
-    for file in ("kernels/mm.py", "lowerings/fp6_mm.py.jinja", "kernels/selection/tuned/a_device.json"):
+    for file in ("kernels/triton/mm.py", "lowerings/fp6_mm.py.jinja", "kernels/selection/tuned/a_device.json"):
         with (copy / "fp6_compile" / file).open("a") as source:
             source.write("\n# an edit\n")
         edited = _run(copy, cache)

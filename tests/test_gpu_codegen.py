@@ -40,7 +40,7 @@ def test_swiglu_block(dtype, fmt, group_size, m):
     assert ["accumulate(" in text for text in module.kernels.values()] == [True, False, True], module.code
     assert "extern_kernels" not in module.code.split("async_compile.wait")[1]
     gate_up, product, down = module.kernels.values()
-    FileCheck().check("from fp6_compile.kernels.mm import accumulate").check("acc = accumulate(").run(gate_up)
+    FileCheck().check("from fp6_compile.kernels.triton.mm import accumulate").check("acc = accumulate(").run(gate_up)
     FileCheck().check("exp(").check("tl.store(out_ptr").run(product)
     FileCheck().check("acc = accumulate(").check("tl.load(in_ptr").check("tl.store(out_ptr").run(down)  # residual
     ((actual,),) = interpret([module])

@@ -29,7 +29,7 @@ from pathlib import Path
 from fp6_compile import ops
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels.cpu import build
-from fp6_compile.packing import CPU, PLANES, pack
+from fp6_compile.layouts.packing import CPU, PLANES, pack
 from fp6_compile.quantize import dequantize, quantize
 
 fmt = FORMATS["e2m3"]
@@ -94,7 +94,7 @@ _FALLBACK = """
 import torch
 from fp6_compile.formats import FORMATS
 from fp6_compile import ops
-from fp6_compile.packing import CPU, PLANES, pack
+from fp6_compile.layouts.packing import CPU, PLANES, pack
 from fp6_compile.quantize import dequantize, quantize
 
 codes, scale = quantize(torch.randn(40, 300), FORMATS["e3m2"], None)

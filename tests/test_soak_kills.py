@@ -92,7 +92,7 @@ print(f"save: {killed} kills, {new} times the new model was there")
 """
 
 RESUME = """
-from fp6_compile.algorithms import GPTQ
+from fp6_compile.calibration.algorithms import GPTQ
 
 
 class Block(nn.Module):
