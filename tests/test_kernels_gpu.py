@@ -38,7 +38,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=show)
 @pytest.mark.parametrize("fmt", [*SIX_BITS.values(), *OTHER_FORMATS], ids=show)
 def test_codes(fmt, dtype):
-    """First of all: the subnormal FP16 weights that the tensor cores must not flush, and BF16's exact lift."""
+    """First of all: the subnormal FP16 weights that the tensor cores must not flush, and BF16's exact bias shift."""
     check_codes(launch.mm, "cuda", fmt, dtype)
 
 

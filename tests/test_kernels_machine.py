@@ -87,7 +87,7 @@ def test_a_figure_pushed_over_its_budget_is_found(row, figure):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_bar_is_a_law_that_no_budget_lifts(row, change, complaint):
+def test_a_bar_holds_whatever_the_budget(row, change, complaint):
     row |= change
     generous = {CASE.name: {**sass.read_budget()[CASE.name], **row, "mma_kind": ["HGMMA", "HMMA"]}}
     generous[CASE.name] = {name: generous[CASE.name][name] for name in (*sass.BUDGETED, "mma_kind")}

@@ -1,4 +1,4 @@
-"""Properties that hold for all inputs, on inputs that hypothesis chooses: the same ones in every run, more with FP6_SOAK=full."""
+"""Properties that hold for all inputs, on examples that hypothesis makes: the same in every run, more with FP6_SOAK=full."""
 
 import pytest
 import torch

@@ -75,7 +75,7 @@ def test_summary_is_logged_at_info(captured, caplog):
     assert records[0].message.startswith("fp6: 2 of 3 linears in e2m3, 1 skipped")
 
 
-def test_nothing_taken_is_a_warning(captured, caplog):
+def test_nothing_quantized_is_a_warning(captured, caplog):
     _compile(min_features=4096)
     (record,) = [record for record in caplog.records if record.name == "fp6_compile"]
     assert record.levelname == "WARNING"

@@ -76,7 +76,7 @@ def _run(function, tokens):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow if name in ("bert", "phi3") else []) for name in MODELS]
 )
-def test_every_eligible_linear_is_taken(name, captured):
+def test_every_eligible_linear_is_quantized(name, captured):
     """And the output is that of the same model with dequantized weights; a tied embedding stays float."""
     make, linears, taken, merged = MODELS[name]
     model = make().to(torch.bfloat16).eval()
@@ -112,7 +112,8 @@ def test_llama_through_inductor():
     assert (actual - expected).float().norm() <= 2 * torch.finfo(torch.bfloat16).eps * expected.float().norm()
 
 
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "phi3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_dynamic_batch_and_length(name, captured):
     """Phi-3's guards are the ones that fail if the packed inputs were to have symbolic sizes."""
     make, _, taken, _ = MODELS[name]
