@@ -48,7 +48,7 @@ def test_encode_inverts_decode(fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_encode_is_nearest_even(fmt):
-    """Every midpoint of neighbours and the floats next to it against a search over all magnitudes; others: test_properties.py."""
+    """Every midpoint of neighbours and the floats next to it against a search over all magnitudes."""
     magnitudes = _by_definition(fmt)[: fmt.max_code + 1].float()
     middle = (magnitudes[1:] + magnitudes[:-1]) / 2
     near = [torch.nextafter(middle, torch.tensor(v)) for v in (0.0, torch.inf)]
