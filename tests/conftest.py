@@ -1,5 +1,6 @@
 """Every test starts from a clean Dynamo; GPU tests are skipped where there is no GPU; what hypothesis runs."""
 
+import os
 import shutil
 
 import hypothesis
@@ -11,6 +12,10 @@ import fp6_compile
 from tests.support.checkpoints import packed_tower
 from tests.support.graphs import without_codegen
 from tests.support.soak import count
+
+# Each core has a worker of its own, and matrices are small: more threads, here or in a child, would wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # The same examples in every run: a failure is one that everybody sees.
 hypothesis.settings.register_profile(

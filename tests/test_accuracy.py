@@ -17,7 +17,7 @@ from examples.accuracy.rows import Rows
 from examples.accuracy.settings import Setting
 from examples.code_lm import data
 
-SMALL = Sample(windows=3, length=64, prompts=3, greedy=2, context=48, count=6, calibration=4, batch=2)
+SMALL = Sample(windows=2, length=32, prompts=2, greedy=1, context=24, count=3, calibration=2, batch=2)
 
 
 @pytest.fixture(scope="module")
@@ -109,8 +109,8 @@ def test_sampling_by_noise_has_the_models_distribution(code_model):
     drawn = (logits + stand_in._gumbel()[:, 0]).argmax(-1).bincount(minlength=4) / 20000
     torch.testing.assert_close(drawn, logits.softmax(-1), rtol=0, atol=4 * 0.5 / 20000**0.5)
     # The greedy sequences come first and have none.
-    assert not code_model.noise[:, :2].any()
-    assert code_model.noise[:, 2:].all()
+    assert not code_model.noise[:, : SMALL.greedy].any()
+    assert code_model.noise[:, SMALL.greedy :].all()
 
 
 def test_bits_are_counted_and_auto_takes_the_better_format():
@@ -218,7 +218,7 @@ def test_a_causal_model_of_transformers_by_path(tmp_path):
     assert same.figures["kl"] == pytest.approx(0, abs=1e-6)
     assert same.figures["greedy"] == 1
     assert subject.bytes == sum(int((window != data.PADDING).sum()) - 1 for window in subject.windows)
-    assert next(subject.calibration("own"))["input_ids"].shape == (2, 64)
+    assert next(subject.calibration("own"))["input_ids"].shape == (2, SMALL.length)
 
 
 def test_an_unchanged_encoder_loses_nothing(encoder):
