@@ -11,33 +11,41 @@ demo: $(READY)
 	$(BIN)/python -m examples.demo
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# Soak tests, kills, sanitizers, random calls: minutes.
+# What takes longer: generated code, compilers, kills, soaks. FP6_SOAK=full makes soaks as long as docs/soundness.md says.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist load
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
-# The CPU kernel's tests with each path that this machine has, as if it had none after it; with AVX2, torch's own kernels and
-# oneDNN's are held to AVX2, too.
+# The CPU kernel's tests with each path that this machine has, as if it had none after it; `make test` is those of the last.
+# With AVX2, torch's own kernels and oneDNN's are held to AVX2, too.
 test-cpu-paths: $(READY)
 	set -e; paths=$$($(BIN)/python -c "import torch; from fp6_compile import ops; \
-	    print(*torch.ops.fp6.cpu_paths() if ops.load() else ())"); \
+	    print(*torch.ops.fp6.cpu_paths()[:-1] if ops.load() else ())"); \
 	for path in $$paths; do \
 	    echo "== the CPU kernel's tests with FP6_MAX_CPU_PATH=$$path"; \
 	    if [ $$path = avx2 ]; then capped="ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2"; else capped=; fi; \
-	    env FP6_MAX_CPU_PATH=$$path $$capped $(BIN)/python -m pytest -q --no-summary --numprocesses 2 -k cpu \
-	        tests/test_kernels_cpu.py tests/test_kernels_cpu_quantize.py tests/test_other_formats.py; \
+	    env FP6_MAX_CPU_PATH=$$path $$capped $(BIN)/python -m pytest -q --no-summary --numprocesses 2 --dist worksteal \
+	        -k cpu tests/test_kernels_cpu.py tests/test_kernels_cpu_quantize.py tests/test_other_formats.py; \
 	done
 
-# The tests that use transformers on the newest of what development depends on, but for torch and triton.
-test-newest:
+# The tests that use transformers on the newest of what development depends on, but for torch and triton: installed over the
+# packages of .venv, and tested if anything differs.
+FREEZE := pip list --format freeze --exclude-editable
+test-newest: $(READY)
 	$(PYTHON) -m venv --clear $(NEWEST)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	    > $$($(NEWEST)/bin/python -c "import site; print(site.getsitepackages()[0])")/over.pth
 	grep -E '^(torch|triton)==' constraints-dev.txt > $(NEWEST)/constraints.txt
-	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt torch triton setuptools
-	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt --no-build-isolation --editable ".[dev]"
-	$(NEWEST)/bin/pip list --format freeze --exclude-editable
-	$(NEWEST)/bin/python -m pytest --numprocesses 2 --dist loadfile \
-	    tests/test_transformers.py tests/test_names.py tests/test_generate.py tests/test_explain_models.py
+	$(NEWEST)/bin/pip install --quiet --upgrade setuptools
+	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt --upgrade --upgrade-strategy eager \
+	    --no-build-isolation --editable ".[dev]"
+	$(BIN)/$(FREEZE) | grep -v '^\(pip\|setuptools\)==' | sort > $(NEWEST)/pinned.txt
+	$(NEWEST)/bin/python -m $(FREEZE) | grep -v '^\(pip\|setuptools\)==' | sort > $(NEWEST)/newest.txt
+	if diff $(NEWEST)/pinned.txt $(NEWEST)/newest.txt; then echo "nothing is newer than the pins"; else \
+	    $(NEWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal \
+	        tests/test_transformers.py tests/test_names.py tests/test_generate.py tests/test_explain_models.py; \
+	fi
 
 # Inputs that once failed, where they lie beside this folder: a line each. 02 is of another issue, and needs accelerate.
 CASES := $(sort $(wildcard ../shared/cases/*.py))
@@ -59,6 +67,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 clean:
 	rm -rf $(VENV) $(NEWEST)

@@ -1,5 +1,6 @@
 """The backend as torch.compile sees it: registration, options, errors, modes."""
 
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ from torch import nn
 
 import fp6_compile
 from fp6_compile.config import Options
-from tests.support import close, dequantized_
+from tests.support.references import close, dequantized_
 
 K, N = 256, 128
 
@@ -19,14 +20,16 @@ def _model():
 
 
 def test_found_by_name_without_an_import():
-    """The entry point alone registers it; a fresh process that never imports fp6_compile can use it."""
+    """The entry point alone registers it; a fresh process that never imports fp6_compile can use it, and see its log."""
     code = """
 import torch
 assert "fp6" in torch._dynamo.list_backends()
-model = torch.nn.Linear(256, 128).half().requires_grad_(False)
+model = torch.nn.Linear(256, 128, bias=False).half().requires_grad_(False)  # nothing to generate C++ for
 assert torch.compile(model, backend="fp6")(torch.randn(3, 256).half()).shape == (3, 128)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    environment = {**os.environ, "TORCH_LOGS": "+fp6_compile"}
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment)
+    assert "fp6: 1 of 1 linears in e2m3, weights 65.5 KB -> 25.1 KB" in done.stderr
 
 
 def test_end_to_end_through_inductor():

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.support import SwiGLU, close, dequantized_
+from tests.support.models import SwiGLU
+from tests.support.references import close, dequantized_
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"

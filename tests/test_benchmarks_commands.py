@@ -94,7 +94,7 @@ def test_what_is_run_fits_into_eight_minutes(tmp_path):
 
 
 @pytest.mark.parametrize(("gigabytes", "sizes"), [(141, ["8b", "70b", "1b"]), (24, ["8b", "1b"])])
-def test_decode_fits_into_eight_minutes_and_70b_where_it_has_room(gigabytes, sizes, tmp_path, monkeypatch):
+def test_decode_fits_into_eight_minutes_and_70b_where_it_fits(gigabytes, sizes, tmp_path, monkeypatch):
     properties = SimpleNamespace(total_memory=gigabytes * 10**9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

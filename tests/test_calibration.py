@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import shutil
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ from fp6_compile.calibration.algorithms import (
 )
 from fp6_compile.formats import DEFAULT, FORMATS
 from fp6_compile.packed.low_rank import LowRankLinear
-from tests.support import SwiGLU, close
+from tests.support.models import SwiGLU
+from tests.support.references import close
 
 DIM = 128
 
@@ -302,8 +304,22 @@ def _calibrated(folder, change=lambda model: None, **how):
     model = Tower(3).half()
     with torch.no_grad():
         change(model)
-    calibrate_(model, INPUTS, **{"algorithm": GPTQ(), **how}, resume=folder)
+    calibrate_(model, INPUTS, **{"algorithm": Weighted(steps=2), **how}, resume=folder)
     return [t.dequantize() if isinstance(t, PackedTensor) else t.detach() for t in model.parameters()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a calibration that ended, and what it gave."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, _calibrated(folder)
+
+
+@pytest.fixture
+def resumed(finished, tmp_path):
+    """A copy of that folder, and what it gave."""
+    shutil.copytree(finished[0], tmp_path / "state")
+    return tmp_path / "state", finished[1]
 
 
 CHANGES = {
@@ -315,12 +331,12 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_blocks_of_other_weights_are_computed_anew(what, tmp_path, caplog):
+def test_blocks_of_other_weights_are_computed_anew(what, resumed, caplog):
     """Those that were made from weights that have changed, and no others."""
     change, anew = CHANGES[what]
-    _calibrated(tmp_path)
-    found = _calibrated(tmp_path, change)
-    warned = [r.message.removeprefix(f"resume: {tmp_path}: ") for r in caplog.records if r.levelname == "WARNING"]
+    folder, _ = resumed
+    found = _calibrated(folder, change)
+    warned = [r.message.removeprefix(f"resume: {folder}: ") for r in caplog.records if r.levelname == "WARNING"]
     why = "it is damaged, or of other weights; it is computed anew"
     assert warned == [f"block-{i:05}.pt: {why}" for i in range(3 - anew, 3)]
     assert all(torch.equal(a, b) for a, b in zip(found, _calibrated(None, change), strict=True))
@@ -360,14 +376,14 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_damaged_blocks_are_computed_anew(what, tmp_path, caplog):
-    expected = _calibrated(tmp_path)
-    DAMAGES[what](tmp_path / "block-00001.pt")
-    found = _calibrated(tmp_path)
+def test_damaged_blocks_are_computed_anew(what, resumed, caplog):
+    folder, expected = resumed
+    DAMAGES[what](folder / "block-00001.pt")
+    found = _calibrated(folder)
     assert sum("block-00001.pt: it is" in r.message for r in caplog.records) == 1
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     caplog.clear()
-    _calibrated(tmp_path)
+    _calibrated(folder)
     assert not [r for r in caplog.records if r.levelname == "WARNING"]
 
 

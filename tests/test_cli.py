@@ -11,7 +11,7 @@ import torch
 
 import fp6_compile
 from fp6_compile import cli
-from tests.test_mx import _bytes
+from tests.support.checkpoints import mx_bytes
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
@@ -122,7 +122,7 @@ def test_mxfp6_folder_is_imported(source, tmp_path, capsys):
     folder.mkdir()
     name = "model.layers.0.mlp.up_proj.weight"
     codes = torch.randint(0, 64, (384, 256), dtype=torch.uint8)
-    tensors |= {name: _bytes(codes), f"{name}_scale": torch.full((384, 8), 120, dtype=torch.uint8)}
+    tensors |= {name: mx_bytes(codes), f"{name}_scale": torch.full((384, 8), 120, dtype=torch.uint8)}
     safetensors.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     weight = {"dtype": "fp6_e3m2", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0"}

@@ -223,6 +223,7 @@ def test_a_provider_that_fails_does_not_stop_the_others(small, captured, capfd, 
     assert "inductor: not measured: CUDA out of memory" in printed
 
 
+@pytest.mark.slow
 def test_a_worker_measures_in_a_process_of_its_own_and_says_why_it_fails():
     settings = {"model": "tiny", "device": "cpu", "dtype": "bf16", "prompt": 2, "tokens": 3}
     worker = Worker(Settings("eager", **settings))
@@ -236,7 +237,7 @@ def test_a_worker_measures_in_a_process_of_its_own_and_says_why_it_fails():
     worker.close()
 
 
-def test_weights_that_have_no_room_are_not_made():
+def test_weights_larger_than_the_memory_are_not_made():
     with pytest.raises(MemoryError, match="weights of 1000000.0 GB, .* GB are free"):
         memory.check(1e15, "cpu")
 

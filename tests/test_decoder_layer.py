@@ -5,16 +5,16 @@ import re
 
 import pytest
 import torch
+from fp6_compile.explanation.launches import launches
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import FileCheck
 
 from examples.code_lm.model import Block, ModelConfig, rope_angles
-from fp6_compile.explanation.launches import launches
 from fp6_compile.kernels.selection import selftest
 from tests.deviceless.codegen import generate_modules
 from tests.deviceless.interpret import run_interpreted
-from tests.support import dequantized_
+from tests.support.references import dequantized_
 
 # As wide as it must be for K to be split on an H200, and no wider.
 CONFIG = ModelConfig(dim=1024, heads=8, kv_heads=2, hidden=2048)

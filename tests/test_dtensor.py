@@ -20,7 +20,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 import fp6_compile
 from fp6_compile import PackedTensor
-from tests.support import close, without_codegen
+from tests.support.graphs import without_codegen
+from tests.support.references import close
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)

@@ -14,7 +14,8 @@ from torch import nn
 import fp6_compile
 from fp6_compile.fake_gpu import devices
 from fp6_compile.fake_gpu.devices import DEVICES, device_named
-from tests.support import SwiGLU, explaining_here
+from tests.support.graphs import explaining_here
+from tests.support.models import SwiGLU
 
 DIM = 128
 

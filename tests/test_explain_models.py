@@ -8,7 +8,7 @@ import torch
 from expecttest import assert_expected_inline
 
 import fp6_compile
-from tests.support import explaining_here
+from tests.support.graphs import explaining_here
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
@@ -73,7 +73,9 @@ def _explain(name, dtype=torch.bfloat16):
     )
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("Llama", "BART") else pytest.mark.slow) for name in MODELS]
+)
 def test_every_model(name):
     *_, linears, launches = MODELS[name]
     found = _explain(name)
@@ -168,6 +170,7 @@ fp6  model.decoder.layers.0.fc2                    128x256  e2m3    65.5 KB -> 2
 TEXTS = {"Llama": _llama, "BART": _bart}
 
 
+@pytest.mark.slow
 def test_bart_in_float16():
     """Its encoder looks for infinities, and Dynamo breaks the graph there; what follows depends on what it finds."""
     found = _explain("BART", dtype=torch.float16)

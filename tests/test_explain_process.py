@@ -22,7 +22,9 @@ from fp6_compile._compat.inductor import device_interfaces
 from fp6_compile.backend import weights
 from fp6_compile.explanation import request
 from fp6_compile.explanation.request import Writer
-from tests.support import SwiGLU, close, dequantized_, without_codegen
+from tests.support.graphs import without_codegen
+from tests.support.models import SwiGLU
+from tests.support.references import close, dequantized_
 
 DIM = 128
 ROOT = Path(__file__).parent.parent

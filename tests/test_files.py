@@ -13,6 +13,7 @@ from torch import nn
 import fp6_compile
 from fp6_compile import CheckpointError, empty_parameters, quantize_
 from fp6_compile.storage.files import JSON_LIMIT, member, parse_json, read_json, short
+from tests.support.checkpoints import sign
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
 
@@ -155,8 +156,6 @@ def _write_packed(folder) -> None:
 
 def _header(folder, change) -> None:
     """The header's text is changed, and all hashes made to fit."""
-    from tests.test_checkpoint import _sign
-
     file = next(folder.glob("*.safetensors"))
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -164,16 +163,14 @@ def _header(folder, change) -> None:
     text += b" " * (-len(text) % 8)
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
     if (folder / "fp6.json").exists():
-        _sign(folder)
+        sign(folder)
 
 
 def _length(folder, value) -> None:
-    from tests.test_checkpoint import _sign
-
     file = next(folder.glob("*.safetensors"))
     file.write_bytes(value.to_bytes(8, "little") + file.read_bytes()[8:])
     if (folder / "fp6.json").exists():
-        _sign(folder)
+        sign(folder)
 
 
 def _edit(key, value):

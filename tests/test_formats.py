@@ -48,12 +48,11 @@ def test_encode_inverts_decode(fmt):
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_encode_is_nearest_even(fmt):
-    """Every midpoint of neighbours, the floats next to it, and random values, against a search over all magnitudes."""
+    """Every midpoint of neighbours and the floats next to it against a search over all magnitudes."""
     magnitudes = _by_definition(fmt)[: fmt.max_code + 1].float()
     middle = (magnitudes[1:] + magnitudes[:-1]) / 2
     near = [torch.nextafter(middle, torch.tensor(v)) for v in (0.0, torch.inf)]
-    spread = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * fmt.max / 2
-    x = torch.cat([middle, *near, spread, spread * 1e-3, torch.tensor([1e9, fmt.max * 1.01, 1e-30, 0.0])])
+    x = torch.cat([middle, *near, torch.tensor([1e9, fmt.max * 1.01, 1e-30, 0.0])])
     x = torch.cat([x, -x])
     distance = (x.abs().double()[:, None] - magnitudes.double()).abs()
     # argmin takes the first of equals; look at even codes first.

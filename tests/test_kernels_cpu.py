@@ -13,7 +13,7 @@ from fp6_compile import ops
 from fp6_compile.formats import FORMATS, Format
 from fp6_compile.layouts.packing import CPU, PLANES, pack
 from fp6_compile.quantize import dequantize, quantize
-from tests.support import SIX_BITS, close, dequantized_
+from tests.support.references import SIX_BITS, close, dequantized_
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 SUPPORTED = torch.ops.fp6.cpu_paths() if ops.load() else []

@@ -1,4 +1,4 @@
-"""Random calls of the C++ kernel against float64, 500 on each path, and in canonical planes: the derived bound holds.
+"""Random calls of the C++ kernel against float64, CASES on each path, and in canonical planes: the derived bound holds.
 
 The bound is `_bound`; where float32 can hold the sum of the magnitudes, with scales and without, a result is NaN or infinite
 only if the exact one is, or rounds to it. Every case comes from its seed: `_case(path, 123)` is that case again.
@@ -15,8 +15,9 @@ from torch import Tensor
 from fp6_compile import ops
 from fp6_compile.formats import FORMATS, Format
 from fp6_compile.layouts.packing import CPU, PLANES, pack
+from tests.support.soak import count
 
-CASES = 500
+CASES = count(500, 100)
 FLUSHING = ("avx512_bf16", "amx")  # vdpbf16ps and tdpbf16ps take subnormal numbers for zeros
 SUPPORTED = torch.ops.fp6.cpu_paths() if ops.load() else []
 

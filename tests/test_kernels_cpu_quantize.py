@@ -8,7 +8,7 @@ from fp6_compile.kernels.cpu import build
 from fp6_compile.kernels.cpu import quantize as cpu
 from fp6_compile.layouts.packing import CPU, PLANES, pack
 from fp6_compile.quantize import quantize
-from tests.support import SIX_BITS
+from tests.support.references import SIX_BITS
 
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no C++ compiler")
 

@@ -11,8 +11,7 @@ from fp6_compile.kernels.selection import launch, selftest
 from fp6_compile.kernels.selection.choices import choices
 from fp6_compile.kernels.triton import run
 from fp6_compile.layouts.packing import gpu_layout, pack
-from tests.support import SIX_BITS
-from tests.test_kernels import (
+from tests.support.kernels import (
     BF16,
     BUCKETS,
     E2M3,
@@ -22,6 +21,7 @@ from tests.test_kernels import (
     GEMM,
     ONE_HOT,
     OTHER_FORMATS,
+    SPLIT,
     activations,
     check_codes,
     check_gemm,
@@ -30,7 +30,7 @@ from tests.test_kernels import (
     product,
     show,
 )
-from tests.test_split_k import SPLIT
+from tests.support.references import SIX_BITS
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=show)
 @pytest.mark.parametrize("fmt", [*SIX_BITS.values(), *OTHER_FORMATS], ids=show)
 def test_codes(fmt, dtype):
-    """First of all: the subnormal FP16 weights that the tensor cores must not flush, and BF16's exact lift."""
+    """First of all: the subnormal FP16 weights that the tensor cores must not flush, and BF16's exact bias shift."""
     check_codes(launch.mm, "cuda", fmt, dtype)
 
 

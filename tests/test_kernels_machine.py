@@ -57,9 +57,14 @@ def test_amd(dtype):
 CASE = Case("sm_90", 8, WIDE, "e3m2", "fp16")
 
 
+@pytest.fixture(scope="module")
+def measured():
+    return sass.measure(CASE)
+
+
 @pytest.fixture
-def row(rows):
-    return dict(rows[CASE.name])
+def row(measured):
+    return dict(measured)
 
 
 @pytest.mark.parametrize("figure", sass.BUDGETED)
@@ -82,7 +87,7 @@ def test_a_figure_pushed_over_its_budget_is_found(row, figure):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_bar_is_a_law_that_no_budget_lifts(row, change, complaint):
+def test_a_bar_holds_whatever_the_budget(row, change, complaint):
     row |= change
     generous = {CASE.name: {**sass.read_budget()[CASE.name], **row, "mma_kind": ["HGMMA", "HMMA"]}}
     generous[CASE.name] = {name: generous[CASE.name][name] for name in (*sass.BUDGETED, "mma_kind")}

@@ -12,7 +12,8 @@ from torch import nn
 import fp6_compile
 from fp6_compile import PackedTensor, quantize_
 from fp6_compile.backend import weights
-from tests.support import close
+from tests.support.references import close
+from tests.support.soak import count
 
 
 class Pair(nn.Module):
@@ -155,10 +156,10 @@ def test_step_without_a_gradient_refreshes_nothing(captured):
 
 @pytest.mark.slow
 def test_compile_and_reset_cycles_keep_no_memory():
-    """200 of them, beside inductor's: by what live tensors hold, and by the objects that remain."""
+    """Beside inductor's: by what live tensors hold, and by the objects that remain."""
     left = {}
     for backend in ("inductor", "fp6"):
-        for cycle in range(200):
+        for cycle in range(count(200, 40)):
             if cycle == 20:
                 before = _objects()
             model, x = Pair().half().requires_grad_(False), torch.randn(4, 256).half()

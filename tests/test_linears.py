@@ -8,7 +8,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import fp6_compile
 from fp6_compile.backend.find import names
-from tests.support import close, dequantized_
+from tests.support.references import close, dequantized_
 
 N, K = 128, 256
 
@@ -53,7 +53,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_taken(form, captured):
+def test_quantized(form, captured):
     function, shape, dims = FORMS[form]
     model = Form(function, shape).bfloat16()
     x = torch.randn(*(2, 3, 5)[: dims - 1], K).bfloat16()
@@ -184,13 +184,13 @@ def _refused(model, x, captured, options=None, grad=False):
     return linear.reason
 
 
-def test_refused_requires_grad(captured):
+def test_skipped_requires_grad(captured):
     x = torch.randn(2, K).half()
     reason = _refused(nn.Linear(K, N).half(), x, captured, grad=True)
     assert reason == "requires grad while grad mode is on; use torch.no_grad() or requires_grad_(False)"
 
 
-def test_refused_float32_unless_asked(captured):
+def test_skipped_float32_unless_asked(captured):
     model, x = nn.Linear(K, N), torch.randn(2, K)
     assert _refused(model, x, captured) == "float32 weight, and options={'float32': True} was not given"
     with torch.no_grad():
@@ -200,19 +200,19 @@ def test_refused_float32_unless_asked(captured):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32])
-def test_refused_integer(dtype, captured):
+def test_skipped_integer(dtype, captured):
     model = Form(lambda x, w: torch.mm(x, w.T))
     model.weight = nn.Parameter(torch.ones(N, K, dtype=dtype), requires_grad=False)
     assert _refused(model, torch.ones(2, K, dtype=dtype), captured) == f"{dtype} weight"
 
 
-def test_refused_float8(captured):
+def test_skipped_float8(captured):
     model = Form(lambda x, w: F.linear(x, w.to(x.dtype)))
     model.weight = nn.Parameter(torch.ones(N, K).to(torch.float8_e4m3fn), requires_grad=False)
     assert _refused(model, torch.randn(2, K).half(), captured) == "torch.float8_e4m3fn weight"
 
 
-def test_refused_too_small(captured):
+def test_skipped_too_small(captured):
     reason = _refused(nn.Linear(64, N).half(), torch.randn(2, 64).half(), captured)
     assert reason == "fewer than 128 inputs or outputs (min_features)"
     reason = _refused(nn.Linear(K, N).half(), torch.randn(2, K).half(), captured, {"min_features": 512})
@@ -220,7 +220,7 @@ def test_refused_too_small(captured):
 
 
 @pytest.mark.parametrize("glob", ["1", "?", "*"])
-def test_refused_by_name(glob, captured):
+def test_skipped_by_name(glob, captured):
     model = nn.Sequential(nn.ReLU(), nn.Linear(K, N)).half()
     assert _refused(model, torch.randn(2, K).half(), captured, {"skip": [glob]}) == f"skipped by {glob!r}"
 
@@ -235,17 +235,17 @@ MUTATIONS = {
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_refused_mutated_in_the_graph(name, captured):
+def test_skipped_mutated_in_the_graph(name, captured):
     model = Form(MUTATIONS[name]).half().requires_grad_(False)
     assert _refused(model, torch.randn(2, K).half(), captured) == f"changed in the graph by {name}"
 
 
-def test_refused_three_dimensions(captured):
+def test_skipped_three_dimensions(captured):
     model = Form(lambda x, w: x @ w[1], (3, K, N)).half()
     assert _refused(model, torch.randn(2, K).half(), captured) == "a 3-D weight"
 
 
-def test_refused_partial_use(captured):
+def test_skipped_partial_use(captured):
     model = Form(lambda x, w: F.linear(x, w[:64])).half()
     assert _refused(model, torch.randn(2, K).half(), captured) == "multiplied only through getitem"
 
@@ -259,13 +259,13 @@ def test_refused_partial_use(captured):
     ],
     ids=["left operand", "addmm with beta", "bmm"],
 )
-def test_refused_place(function, captured):
+def test_skipped_place(function, captured):
     """Matmuls in which the weight is not where a linear has it."""
     reason = _refused(Form(function).half(), torch.randn(2, K).half(), captured)
     assert reason.startswith("multiplied only through ")
 
 
-def test_refused_tensor_subclass(captured):
+def test_skipped_tensor_subclass(captured):
     """Such as a weight that another library has quantized."""
     model = Form(F.linear)
     model.weight = nn.Parameter(TwoTensor(torch.randn(N, K).half(), torch.randn(N, K).half()), requires_grad=False)
@@ -275,7 +275,7 @@ def test_refused_tensor_subclass(captured):
     assert linear.reason == "a tensor subclass, TwoTensor"
 
 
-def test_refused_device(captured):
+def test_skipped_device(captured):
     model = Form(F.linear).half().to("meta")
     with torch.no_grad():
         torch.compile(model, backend="fp6")(torch.empty(2, K, device="meta").half())
@@ -283,7 +283,7 @@ def test_refused_device(captured):
     assert linear.reason == "on device 'meta'"
 
 
-def test_refused_buffer(captured):
+def test_skipped_buffer(captured):
     model = nn.Linear(K, N, bias=False).half()
     weight = model.weight.detach()
     del model.weight
@@ -314,7 +314,7 @@ def test_planes_of_fp6_mm_are_no_weights(captured):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_refused_not_finite(bad, captured):
+def test_skipped_not_finite(bad, captured):
     model = nn.Linear(K, N, bias=False).half().requires_grad_(False)
     model.weight[3, 4] = bad
     x = torch.randn(2, K).half()
@@ -324,7 +324,7 @@ def test_refused_not_finite(bad, captured):
     assert linear.reason == "fp6: cannot quantize weight: weight: 1 of 32768 values are NaN or infinite"
 
 
-def test_refused_made_in_inference_mode(captured):
+def test_skipped_made_in_inference_mode(captured):
     with torch.inference_mode():
         model, x = nn.Linear(K, N).half(), torch.randn(2, K).half()
         torch.compile(model, backend="fp6")(x)
@@ -339,7 +339,7 @@ def test_called_in_inference_mode(captured):
     close(actual, dequantized_(model, ["weight"])(x))
 
 
-def test_strict_raises_for_what_cannot_be_taken(captured):
+def test_strict_raises_for_what_cannot_be_quantized(captured):
     model, x = nn.Linear(K, N), torch.randn(2, K)
     with torch.no_grad(), pytest.raises(Exception, match="fp6: strict: cannot take .*: float32 weight"):
         torch.compile(model, backend="fp6", options={"strict": True})(x)

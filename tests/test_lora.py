@@ -14,7 +14,7 @@ from benchmarks.decode.model import lora
 from benchmarks.decode.model.weights import build
 from examples.code_lm.model import KVCache, ModelConfig
 from fp6_compile import PackedTensor
-from tests.support import close
+from tests.support.references import close
 
 SMALL = ModelConfig(vocab=320, dim=128, layers=1, heads=4, kv_heads=2, hidden=384)
 PROMPT, TOKENS = 4, 6

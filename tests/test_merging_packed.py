@@ -11,7 +11,7 @@ from torch._inductor.utils import fresh_cache
 
 import fp6_compile
 from fp6_compile import PackedTensor, quantize_
-from tests.test_merging import DIM, Attention, Heads, _matmuls
+from tests.support.models import DIM, Attention, Heads
 
 SIZES = (128, 256, 132)
 
@@ -41,7 +41,7 @@ def test_one_launch_and_no_more_memory(group_size, dtype, captured):
     with torch.no_grad():
         expected = model(x)
         actual = torch.compile(model, backend="fp6")(x)
-        assert _matmuls(captured) == 1
+        assert captured.matmuls() == 1
         torch.testing.assert_close(actual, expected, rtol=0, atol=0)
         torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
         torch.testing.assert_close(copy.deepcopy(model)(x), expected, rtol=0, atol=0)
@@ -123,7 +123,7 @@ def test_only_weights_packed_alike(captured):
     with torch.no_grad():
         expected = model.forward(x)
         actual = torch.compile(model, backend="fp6")(x)
-    assert _matmuls(captured) == 4
+    assert captured.matmuls() == 4
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 

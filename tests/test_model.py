@@ -9,35 +9,10 @@ from torch import nn
 
 from fp6_compile import PackedTensor, empty_parameters, quantize_
 from fp6_compile.formats import get_format
-from tests.support import close, dequantized_
+from tests.support.models import Tower
+from tests.support.references import close, dequantized_
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
-
-
-class Tower(nn.Module):
-    """Linears of every kind: plain, tied to another, tied to an embedding, too small, one with a forward of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(160, 256), nn.Linear(256, 160, bias=False)
-        self.first, self.second = nn.Linear(256, 256), nn.Linear(256, 256)
-        self.gate, self.odd = nn.Linear(256, 4), Odd(256, 256)
-        self.norm = nn.LayerNorm(256)
-        self.experts = nn.Parameter(torch.randn(2, 256, 256) / 16)
-        self.register_buffer("steps", torch.arange(3))
-        self.register_buffer("frequencies", torch.randn(8), persistent=False)
-        self.head.weight = self.embed.weight
-        self.second.weight = self.first.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens)
-        x = self.norm(x + self.second(torch.relu(self.first(x))))
-        return self.head(x + self.odd(x) + x @ self.experts[0]) + self.gate(x).sum() * self.frequencies.sum()
-
-
-class Odd(nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) * 2
 
 
 REASONS = {

@@ -10,18 +10,10 @@ import fp6_compile
 from fp6_compile import PackedTensor, empty_parameters, load_mx
 from fp6_compile.checkpoint.mx import e8m0, packed_tensor, unpack_codes
 from fp6_compile.formats import FORMATS
-from tests.support import SIX_BITS
+from tests.support.checkpoints import mx_bytes
+from tests.support.references import SIX_BITS
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
-
-
-def _bytes(codes: torch.Tensor) -> torch.Tensor:
-    """Four codes to 24 bits, little end first, one by one: the specification, slowly."""
-    rows = []
-    for row in codes.tolist():
-        words = [sum(code << 6 * i for i, code in enumerate(row[k : k + 4])) for k in range(0, len(row), 4)]
-        rows.append([byte for word in words for byte in word.to_bytes(3, "little")])
-    return torch.tensor(rows, dtype=torch.uint8)
 
 
 def test_byte_order():
@@ -29,7 +21,7 @@ def test_byte_order():
     packed = torch.tensor([[0b10_000001, 0b0100_0000, 0b111000_00]], dtype=torch.uint8)
     assert unpack_codes(packed).tolist() == [[0b000001, 0b000010, 0b000100, 0b111000]]
     codes = torch.randint(0, 64, (5, 64), dtype=torch.uint8)
-    torch.testing.assert_close(unpack_codes(_bytes(codes)), codes, rtol=0, atol=0)
+    torch.testing.assert_close(unpack_codes(mx_bytes(codes)), codes, rtol=0, atol=0)
 
 
 def test_every_scale_is_exact():
@@ -47,7 +39,7 @@ def test_every_code_with_every_scale(fmt):
     """All 64 codes under all 254 scales whose products float32 holds, against float64."""
     codes = torch.arange(64, dtype=torch.uint8).repeat(250, 1)
     scale = torch.arange(250, dtype=torch.uint8)[:, None].repeat(1, 2)
-    packed = packed_tensor(_bytes(codes), scale, fmt, torch.float32)
+    packed = packed_tensor(mx_bytes(codes), scale, fmt, torch.float32)
     expected = FORMATS[fmt].values().double() * 2.0 ** (torch.arange(250, dtype=torch.float64)[:, None] - 127)
     torch.testing.assert_close(packed.dequantize().double(), expected, rtol=0, atol=0)
     assert packed.spec.group_size == 32
@@ -72,7 +64,7 @@ def _checkpoint(folder):
         n, k = (128, 256) if layer == "0" else (64, 128)
         codes = torch.randint(0, 64, (n, k), dtype=torch.uint8, generator=generator)
         scale = torch.randint(110, 128, (n, k // 32), dtype=torch.uint8, generator=generator)
-        tensors |= {f"{layer}.weight": _bytes(codes), f"{layer}.weight_scale": scale}
+        tensors |= {f"{layer}.weight": mx_bytes(codes), f"{layer}.weight_scale": scale}
         powers = 2.0 ** (scale.double() - 127).repeat_interleave(32, 1)
         values[f"{layer}.weight"] = FORMATS[fmt].values().double()[codes.long()] * powers
     _write(folder, tensors)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import fp6_compile
-from tests.support import close, dequantized_
+from tests.support.references import close, dequantized_
 
 N = 128
 PADDING = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1]], dtype=torch.bool)
@@ -52,7 +52,7 @@ def _close_tuples(actual, expected):
 )
 @pytest.mark.parametrize("need_weights", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_attention_is_taken(batch_first, need_weights, kwargs, captured):
+def test_attention_is_quantized(batch_first, need_weights, kwargs, captured):
     x = torch.randn(2, 5, N).bfloat16()
     x = x if batch_first else x.transpose(0, 1)
     names = _compare(_attention(batch_first=batch_first), x, x, x, need_weights=need_weights, **kwargs)
@@ -89,7 +89,7 @@ def test_cross_attention_keeps_its_common_weight_with_a_reason(captured):
 
 @pytest.mark.parametrize("masks", [{}, {"src_mask": CAUSAL}, {"src_key_padding_mask": PADDING}, "both"])
 @pytest.mark.parametrize("options", [{}, {"norm_first": True, "activation": "gelu"}], ids=["", "norm first, gelu"])
-def test_an_encoder_layer_is_taken(options, masks, captured):
+def test_an_encoder_layer_is_quantized(options, masks, captured):
     masks = {"src_mask": CAUSAL, "src_key_padding_mask": PADDING} if masks == "both" else masks
     names = _compare(_encoder_layer(**options), torch.randn(2, 5, N).bfloat16(), **masks)
     assert names == {"self_attn.in_proj_weight", "self_attn.out_proj", "linear1", "linear2"}

@@ -8,7 +8,7 @@ from fp6_compile import ops
 from fp6_compile.formats import FORMATS
 from fp6_compile.layouts.packing import LAYOUTS, PLANES, pack
 from fp6_compile.quantize import dequantize, quantize
-from tests.support import SIX_BITS
+from tests.support.references import SIX_BITS
 
 N, K = 40, 300
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]

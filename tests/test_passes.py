@@ -8,7 +8,8 @@ from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fp6_compile.backend.passes import FP6Pass
-from tests.support import Captured, close, dequantized_, without_codegen
+from tests.support.graphs import Captured, without_codegen
+from tests.support.references import close, dequantized_
 
 
 class Linears(nn.Module):

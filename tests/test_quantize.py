@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from fp6_compile import PackedTensor
 from fp6_compile.formats import FORMATS
 from fp6_compile.quantize import dequantize, quantize, sqnr
-from tests.support import SIX_BITS
+from tests.support.references import SIX_BITS
 
 E3M2 = FORMATS["e3m2"]
 

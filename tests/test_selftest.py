@@ -24,11 +24,14 @@ def kernel(monkeypatch, tmp_path):
     class Kernel:
         runs = 0
         off_by = 0.0
+        x = None
 
         def __call__(self, config, x, planes, scale, fmt, group_size):
             self.runs += 1
-            codes = unpack(planes, fmt, gpu_layout(x.dtype), scale.shape[1], x.shape[1])
-            product = x.double() @ fmt.decode(codes).double().T
+            if self.x is not x:
+                codes = unpack(planes, fmt, gpu_layout(x.dtype), scale.shape[1], x.shape[1])
+                self.x, self.product = x, x.double() @ fmt.decode(codes).double().T
+            product = self.product.clone()
             product[3, 5] += self.off_by * (self.runs % selftest._REPETITIONS == 0)  # a race: seldom
             return product.to(x.dtype)
 

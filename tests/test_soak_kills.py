@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.soak import count
+
 pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
 
 ROOT = Path(__file__).parent.parent
@@ -205,12 +207,6 @@ CASES = {"save": SAVE, "resume": RESUME, "command": COMMAND}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["resume", "command"])  # of save, test_checkpoint.py has 50
-def test_killed_some_times(what, tmp_path):
-    _run(CASES[what], 3, tmp_path)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("what", CASES)
 def test_killed_many_times(what, tmp_path):
-    _run(CASES[what], 64, tmp_path)
+    _run(CASES[what], count(64, 6), tmp_path)

@@ -14,10 +14,22 @@ from fp6_compile.kernels.triton.dequantize import dequantize
 from fp6_compile.layouts.packing import gpu_layout, pack
 from fp6_compile.quantize import dequantize as dequantize_reference
 from tests.deviceless.pool import interpreted
-from tests.support import SIX_BITS
-from tests.test_kernels import BF16, E2M3, E3M2, F16, F32, activations, check_gemm, check_one_hot, product, show, weight
-
-TILE = Config(32, 8, 2, 2)
+from tests.support.kernels import (
+    BF16,
+    E2M3,
+    E3M2,
+    F16,
+    F32,
+    SPLIT,
+    TILE,
+    activations,
+    check_gemm,
+    check_one_hot,
+    product,
+    show,
+    weight,
+)
+from tests.support.references import SIX_BITS
 
 
 def run_tile(tile: Config, *args):
@@ -26,16 +38,6 @@ def run_tile(tile: Config, *args):
 
 def interpret(tile: Config):
     return functools.partial(interpreted, run_tile, tile)
-
-
-# (tile, m, n, k, group, format, dtype); K in blocks of 256: parts of equal length, a shorter last one, a block's tail.
-SPLIT = [
-    (TILE, 1, 33, 1024, None, E3M2, F16, 2),
-    (TILE, 9, 40, 1100, None, E2M3, BF16, 3),
-    (TILE, 3, 17, 1536, 64, E3M2, BF16, 6),
-    (TILE, 8, 70, 1280, 384, E2M3, F16, 3),
-    (dataclasses.replace(TILE, BLOCK_M=32), 33, 40, 700, 32, E3M2, F16, 2),
-]
 
 
 @pytest.mark.parametrize(("tile", "m", "n", "k", "group", "fmt", "dtype", "parts"), SPLIT, ids=show)

@@ -23,7 +23,7 @@ from fp6_compile import PackedTensor
 from fp6_compile.formats import FORMATS
 from fp6_compile.layouts.packing import CPU, LAYOUTS, PLANES, layout_for
 from fp6_compile.quantize import dequantize, quantize
-from tests.support import SIX_BITS, close
+from tests.support.references import SIX_BITS, close
 
 N, K = 128, 256
 VERSIONS_OF_A_COPY = {
@@ -283,7 +283,7 @@ def test_autocast_casts_activations(dtype):
 
 @pytest.mark.parametrize("backend", ["fp6", "inductor", "aot_eager"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(backend, dynamic):
+def test_compiles_without_graph_breaks(backend, dynamic, captured):
     model, _ = _models()
     compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
     for m in (2, 7):

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 import fp6_compile
 from fp6_compile.backend import weights
-from tests.support import close, dequantized_
+from tests.support.references import close, dequantized_
 
 K, N = 256, 128
 

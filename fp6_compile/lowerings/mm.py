@@ -1,8 +1,8 @@
 """`fp6::mm` in Inductor: a Triton template for a GPU and a known M, the eager operator for everything else.
 
-The template is the kernel's body (kernels/triton/mm.py, imported by the generated module) with Inductor's `store_output` after it,
-so that bias, activation, residual and casts run on the float32 accumulator before the one store. It computes the transpose,
-[BLOCK_N, BLOCK_M]; `store_output` takes the indices as they are, and nothing is transposed back.
+The template is the kernel's body (kernels/triton/mm.py, imported by the generated module) with Inductor's `store_output`
+after it, so that bias, activation, residual and casts run on the float32 accumulator before the one store. It computes the
+transpose, [BLOCK_N, BLOCK_M]; `store_output` takes the indices as they are, and nothing is transposed back.
 
 With a symbolic M the tile must not be the first shape's: the call stays a call, and the launcher picks the tile each time.
 With a static M so large that a dequantized copy and ATen's matmul are faster, it stays a call, too.

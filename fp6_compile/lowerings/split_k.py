@@ -2,8 +2,8 @@
 
 - A reduction follows, as RMSNorm's behind the residual: the template stores its parts [SPLIT_K, M, N], and their sum is an
   expression that Inductor inlines into the reduction's kernel. No launch more than without the split.
-- Otherwise the last program of each tile adds the parts up (`kernels.triton.mm.reduce`), and bias, activation and residual stay
-  fused into its store. Where several kernels read the product, or one reads it twice (rotary embeddings), the sum would
+- Otherwise the last program of each tile adds the parts up (`kernels.triton.mm.reduce`), and bias, activation and residual
+  stay fused into its store. Where several kernels read the product, or one reads it twice (rotary embeddings), the sum would
   become a kernel of its own.
 """
 

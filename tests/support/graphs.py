@@ -1,4 +1,4 @@
-"""What several test files share: graphs as short text, compilation that stops before code generation, small models."""
+"""Compilation that stops before code generation, and its graphs as short text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from functorch.compile import make_boxed_func
-from torch import nn
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
@@ -19,11 +17,6 @@ from torch.utils._dtype_abbrs import dtype_abbrs
 
 from fp6_compile.backend import compile as backend
 from fp6_compile.backend import passes
-from fp6_compile.formats import DEFAULT, FORMATS
-from fp6_compile.quantize import dequantize, quantize
-
-# The formats that kernels have tables for.
-SIX_BITS = {name: FORMATS[name] for name in ("e3m2", "e2m3")}
 
 
 def show(graph: Graph) -> str:
@@ -70,6 +63,10 @@ class Captured:
         calls = [str(node.target) for node in self.graphs[position].nodes if node.op == "call_function"]
         return [call.removesuffix(".default") for call in calls if not any(f".{view}" in call for view in views)]
 
+    def matmuls(self) -> int:
+        """How often the last graph calls fp6::mm."""
+        return self.targets().count("fp6.mm")
+
 
 @contextlib.contextmanager
 def without_codegen() -> Iterator[Captured]:
@@ -110,36 +107,3 @@ def explaining_here() -> Iterator[None]:
 
     with mock.patch.object(process, "explained", explained):
         yield
-
-
-class SwiGLU(nn.Module):
-    """x + down(silu(gate(x)) * up(x)), the gate with a bias: all that a store can be fused with."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(dim, hidden)
-        self.up = nn.Linear(dim, hidden, bias=False)
-        self.down = nn.Linear(hidden, dim, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-def dequantized_(model: nn.Module, names: list[str], fmt: str = DEFAULT, group_size: int | None = None) -> nn.Module:
-    """The same model with the named parameters replaced by what their six bits stand for: the reference for outputs.
-
-    A name that ends in "^T" is a parameter [K, N], as Conv1D's.
-    """
-    for name in names:
-        parameter = model.get_parameter(name.removesuffix("^T"))
-        w = parameter.detach().T if name.endswith("^T") else parameter.detach()
-        value = dequantize(*quantize(w, FORMATS[fmt], group_size), FORMATS[fmt], group_size, w.dtype)
-        with torch.no_grad():
-            parameter.copy_(value.T if name.endswith("^T") else value)
-    return model
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor, roundings: int = 4) -> None:
-    """Equal but for some roundings to the compute dtype, of the largest value around: the two sum in different orders."""
-    atol = roundings * torch.finfo(expected.dtype).eps * float(expected.detach().abs().max())
-    torch.testing.assert_close(actual, expected, rtol=0, atol=atol)
