@@ -1,4 +1,4 @@
-"""Formats side by side on the weights of the shipped model: `python -m benchmarks.formats` prints README's table.
+"""Formats side by side on the weights of the shipped model: `python -m benchmarks.formats` prints the table of docs/results/accuracy.md.
 
 SQNR: the weights' squares over the errors' squares, in dB, by absmax scales per row and per group of 64. INT6 and INT4 are
 here to be compared with, as symmetric integers: nothing else of this package knows them.
