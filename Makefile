@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NEWEST := .venv-newest
 
-.PHONY: demo test test-slow test-cpu-paths test-newest cases lint clean
+.PHONY: demo test test-slow test-cpu-paths test-newest cases lint docs clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -69,8 +69,14 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# The site, in site/. Links and anchors are checked; nothing is fetched while it is built.
+docs: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints-dev.txt --constraint constraints-docs.txt --no-build-isolation \
+	    --editable ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(NEWEST)
+	rm -rf $(VENV) $(NEWEST) site
 
 # torch and triton are named so that pip takes the pinned builds before anything can ask for others. The sentence encoder is
 # wanted for its weights alone: with its dependencies come sentence-transformers, scikit-learn and scipy.

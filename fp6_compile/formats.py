@@ -124,7 +124,7 @@ FORMATS = {
 }
 
 
-# The format where none is given: a quarter to half of E3M2's loss on trained models, at the same size (DESIGN.md).
+# The format where none is given: a quarter to half of E3M2's loss on trained models, at the same size (docs/decisions.md).
 DEFAULT = "e2m3"
 # What format="auto" chooses from: six bits each, and the kernels have tables for both.
 AUTO = ("e3m2", "e2m3")

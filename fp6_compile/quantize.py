@@ -23,7 +23,7 @@ from fp6_compile.formats import Format
 SCALES = ("absmax", "mse")
 
 # Multiples of the absmax scale that "mse" tries; the first is absmax itself. Below 1 the largest weights are clipped; above
-# 1 the largest codes stay unused, and all weights move along the format's binades, which gains as much (LOG.md).
+# 1 the largest codes stay unused, and all weights move along the format's binades, which gains as much (docs/log.md).
 RATIOS = (1.0, *(0.7 + 0.03 * i for i in range(21) if i != 10))
 # Weights are quantized this many at a time. On a CPU: what stays in a core's second-level cache, and what torch does not
 # split among threads (at::internal::GRAIN_SIZE), whose meeting after every operation takes longer on a busy machine than the

@@ -138,22 +138,22 @@ def test_sqnr_of_synthetic_weights(fmt, distribution):
     assert found == pytest.approx(SQNR[fmt, distribution], abs=0.3)
 
 
-def _rows_of_the_readme() -> list[tuple[str, int | None, float, float]]:
+def _rows_of_the_results() -> list[tuple[str, int | None, float, float]]:
     """(format, group size, bits per weight, decibels) of the table of the shipped model."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+    text = (Path(__file__).parent.parent / "docs/results/accuracy.md").read_text()
     rows = re.findall(
         r"^\| (E\dM\d), (?:groups of (\d+)|per channel) \| ([\d.]+) \|.*\| ([\d.]+) \|$", text, re.MULTILINE
     )
     return [(fmt.lower(), int(size) if size else None, float(bits), float(db)) for fmt, size, bits, db in rows]
 
 
-def test_table_of_the_readme():
+def test_table_of_the_results():
     """Bits per weight, scales included, and signal to noise of the shipped code model's linears."""
     pytest.importorskip("safetensors", reason="safetensors is an optional extra")
     from examples.code_lm.checkpoint import load_pretrained
 
     linears = [module.weight.half() for module in load_pretrained().modules() if isinstance(module, torch.nn.Linear)]
-    rows = _rows_of_the_readme()
+    rows = _rows_of_the_results()
     assert {fmt for fmt, *_ in rows} == set(SIX_BITS)
     for fmt, group_size, bits, decibels in rows:
         packed = [PackedTensor.quantize(weight, fmt, group_size) for weight in linears]

@@ -63,7 +63,7 @@ _MANY_WARPS = Config(128, 128, 8, 2)  # where no instruction works on warp group
 _WITHOUT_WARP_GROUPS = ("sm_80", "sm_86", "sm_89", "sm_120")
 
 # From this M on, ATen's matmul on a dequantized copy is the faster way: writing and reading that copy costs the same
-# at any M, and ATen's kernel is faster by a little for every row of x. A model (DESIGN.md), not yet a measurement.
+# at any M, and ATen's kernel is faster by a little for every row of x. A model (docs/results/gpu.md), not yet a measurement.
 _ATEN_FROM = {True: 1024, False: 256}  # by wgmma
 _ATEN_FROM_GROUPS = {True: 512, False: 128}
 
