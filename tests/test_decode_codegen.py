@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from fp6_compile.explanation.launches import launches
+from fp6_compile.explanation.trace.launches import launches
 from torch import nn
 from torch._inductor import output_code
 

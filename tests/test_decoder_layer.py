@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from fp6_compile.explanation.launches import launches
+from fp6_compile.explanation.trace.launches import launches
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import FileCheck
