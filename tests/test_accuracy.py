@@ -14,8 +14,9 @@ from benchmarks.accuracy.compress import compressed
 from benchmarks.accuracy.rows import Rows
 from benchmarks.accuracy.settings import Setting
 from benchmarks.accuracy.subjects import corpus, metrics
+from benchmarks.accuracy.subjects.causal import CausalModel, CodeModel
 from benchmarks.accuracy.subjects.encoder import Encoder, find_encoder
-from benchmarks.accuracy.subjects.language import CausalModel, CodeModel, Sample
+from benchmarks.accuracy.subjects.language import Sample
 from examples.code_lm import data
 
 SMALL = Sample(windows=3, length=64, prompts=3, greedy=2, context=48, count=6, calibration=4, batch=2)
