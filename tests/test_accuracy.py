@@ -14,8 +14,9 @@ from benchmarks.accuracy.compress import compressed
 from benchmarks.accuracy.rows import Rows
 from benchmarks.accuracy.settings import Setting
 from benchmarks.accuracy.subjects import corpus, metrics
+from benchmarks.accuracy.subjects.causal import CausalModel, CodeModel
 from benchmarks.accuracy.subjects.encoder import Encoder, find_encoder
-from benchmarks.accuracy.subjects.language import CausalModel, CodeModel, Sample
+from benchmarks.accuracy.subjects.language import Sample
 from examples.code_lm import data
 
 SMALL = Sample(windows=2, length=32, prompts=2, greedy=1, context=24, count=3, calibration=2, batch=2)

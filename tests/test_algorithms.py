@@ -259,6 +259,15 @@ def test_search_finds_the_format_with_the_least_error():
     assert Search(RTN(), (Integer(4), E2M1))(flat, E3M2, None).grid == Integer(4)
 
 
+@pytest.mark.parametrize("refine", [GPTQ, lambda base: LearnedRounding(base, steps=5)], ids=["GPTQ", "LearnedRounding"])
+def test_a_refinement_uses_the_format_that_its_base_chose(refine):
+    w, x = _layer(1)
+    stats = Statistics.of(x, hessian=True)
+    found, expected = refine(Search(RTN(), (E2M3,)))(w, E3M2, 32, stats), refine(RTN())(w, E2M3, 32, stats)
+    assert found.grid == E2M3
+    assert torch.equal(found.codes, expected.codes)
+
+
 def test_nupes_finds_a_power_below_one_for_bell_shapes():
     bell, flat = torch.randn(16, 512), torch.rand(16, 512) - 0.5
     assert nupes(4, RTN())(bell, E2M1, None).grid.exponent < 0.8

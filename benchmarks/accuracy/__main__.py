@@ -18,8 +18,9 @@ from benchmarks.accuracy import report, settings, study
 from benchmarks.accuracy.rows import Rows, export
 from benchmarks.accuracy.settings import Setting
 from benchmarks.accuracy.subjects.base import Subject
+from benchmarks.accuracy.subjects.causal import WRITING, CausalModel, CodeModel
 from benchmarks.accuracy.subjects.encoder import Encoder, find_encoder
-from benchmarks.accuracy.subjects.language import WRITING, CausalModel, CodeModel, Sample
+from benchmarks.accuracy.subjects.language import Sample
 from benchmarks.system.environment import versions
 from examples.code_lm.checkpoint import WEIGHTS
 from fp6_compile.cli.folder import load, read_config

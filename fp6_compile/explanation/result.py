@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-# What is assumed, because no datasheet says it; benchmarks/simulate.py assumes the same of a GPU.
+# What is assumed, because no datasheet says it; benchmarks/linear/simulate.py assumes the same of a GPU.
 SHARE_OF_BANDWIDTH = 0.9
 MICROSECONDS_PER_LAUNCH = {"in a CUDA graph": 2.0, "from the host": 6.0, "on a CPU": 0.0}
 

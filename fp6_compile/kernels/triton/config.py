@@ -70,8 +70,8 @@ _ATEN_FROM_GROUPS = {True: 512, False: 128}
 # Warps a multiprocessor, all in flight at once, that hide the latency of memory and of unpacking.
 _WARPS = 8
 # And with how many a wide tile is better than twice as many narrow ones, by largest M. Every program reads x anew: with
-# more than a few rows that traffic counts for more than an idle scheduler (benchmarks/simulate.py). Tiles of more than 64
-# columns have eight warps, and one program fills a multiprocessor.
+# more than a few rows that traffic counts for more than an idle scheduler (benchmarks/linear/simulate.py). Tiles of more
+# than 64 columns have eight warps, and one program fills a multiprocessor.
 _WIDE_WARPS = {8: 4, LARGEST_MMA_M: 1, 2 * LARGEST_MMA_M: 6}
 _MOST_PARTS = 16
 # Counters that a launch of split tiles finds and leaves at zero, one a tile: only what does not fill the device is split.
