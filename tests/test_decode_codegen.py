@@ -13,7 +13,7 @@ from examples.code_lm.model import KVCache
 from examples.decode.llama import SIZES, Llama
 from examples.decode.loop import Sampling, State, make_step
 from fp6_compile import PackedTensor
-from fp6_compile.explanation.launches import launches
+from fp6_compile.explanation.trace.launches import launches
 from fp6_compile.formats import get_format
 from fp6_compile.layouts.packing import BLOCK_K, GPU_LAYOUTS, ROWS, pack
 from fp6_compile.packed.tensor import Spec

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch._inductor.utils import run_and_get_code
 
-from fp6_compile.explanation.launches import launches
+from fp6_compile.explanation.trace.launches import launches
 
 GENERATED = """
 aten = torch.ops.aten

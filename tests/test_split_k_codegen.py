@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.testing import FileCheck
 
-from fp6_compile.explanation.launches import launches
+from fp6_compile.explanation.trace.launches import launches
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels.selection import selftest
 from fp6_compile.lowerings import mm as lowering
