@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-from fp6_compile.explanation.trace.launches import launches
 from torch import nn
 from torch._inductor import output_code
 
@@ -14,6 +13,7 @@ from benchmarks.decode.loop import Sampling, State, make_step
 from benchmarks.decode.model.llama import SIZES, Llama
 from examples.code_lm.model import KVCache
 from fp6_compile import PackedTensor
+from fp6_compile.explanation.trace.launches import launches
 from fp6_compile.formats import get_format
 from fp6_compile.layouts.packing import BLOCK_K, GPU_LAYOUTS, ROWS, pack
 from fp6_compile.packed.tensor import Spec

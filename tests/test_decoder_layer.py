@@ -5,12 +5,12 @@ import re
 
 import pytest
 import torch
-from fp6_compile.explanation.trace.launches import launches
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.testing import FileCheck
 
 from examples.code_lm.model import Block, ModelConfig, rope_angles
+from fp6_compile.explanation.trace.launches import launches
 from fp6_compile.kernels.selection import selftest
 from tests.deviceless.codegen import generate_modules
 from tests.deviceless.interpret import run_interpreted

@@ -161,12 +161,6 @@ def test_a_script_without_a_main_guard(tmp_path):
     assert "'nothing'" in err
 
 
-class Slow(nn.Module):
-    def forward(self, x):
-        sys.stdout.write("it has started\n")
-        return torch.relu(x)
-
-
 INTERRUPTED = """
 import os, signal, threading, torch, fp6_compile
 from fp6_compile.explanation import process
@@ -219,6 +213,7 @@ def _elsewhere(pid):
     raise NotImplementedError(f"this is another process: {os.getpid() != pid}")
 
 
+@pytest.mark.slow
 def test_errors_come_back():
     with pytest.raises(RuntimeError, match="the process that explains ended with exit code 3"):
         fp6_compile.explain(Dies(), _x(), device="H200")
@@ -264,6 +259,7 @@ def test_without_cloudpickle(monkeypatch):
     assert "with the package cloudpickle installed" in str(request.cannot_copy(TypeError("no")))
 
 
+@pytest.mark.slow
 def test_settings_count():
     """Grad mode, autocast and changed configurations of the calling thread decide in the process, too."""
     model = nn.Sequential(nn.Linear(DIM, DIM), nn.ReLU()).bfloat16()

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from fp6_compile.explanation.trace.launches import launches
 from torch import nn
 from torch.testing import FileCheck
 
+from fp6_compile.explanation.trace.launches import launches
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels.selection import selftest
 from fp6_compile.lowerings import mm as lowering

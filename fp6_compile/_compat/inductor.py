@@ -79,7 +79,7 @@ BENCHMARK_FUSION = (
 
 # Modules whose functools caches hold answers about the device. All of these caches are of questions without side effects
 # (unlike those of fx_passes, where a cache keeps a pattern from being registered twice).
-MODULES_WITH_DEVICE_CACHES = (utils, hints, _triton)
+MODULES_WITH_DEVICE_CACHES: tuple[Any, ...] = (utils, hints, _triton)
 
 # As Any: a subclass whose methods have other signatures is no subtype.
 CudaInterface: Any = _CudaInterface

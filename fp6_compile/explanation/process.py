@@ -40,31 +40,27 @@ def explained(request: Request, answer: Callable[..., Any]) -> Result:
     Raises what failed there, with the traceback of that process as its cause, and RuntimeError if the process dies.
     """
     with _started() as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            _send(process.stdin, request)
-            while True:
-                kind, content = pickle.load(process.stdout)
-                if kind == "result":
-                    return content
-                if kind == "error":
-                    error, trace = content
-                    raise error from RuntimeError(f"in the process that explains:\n{trace}")
-                if kind == "log":
-                    logging.getLogger(content.name).handle(content)
-                else:
-                    _send(process.stdin, _answer(answer, content))
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            raise RuntimeError(f"fp6: the process that explains ended with exit code {process.wait()}") from error
+        _send(process, request)
+        while True:
+            kind, content = _receive(process)
+            if kind == "result":
+                result: Result = content
+                return result
+            if kind == "error":
+                error, trace = content
+                raise error from RuntimeError(f"in the process that explains:\n{trace}")
+            if kind == "log":
+                logging.getLogger(content.name).handle(content)
+            else:
+                _send(process, _answer(answer, content))
 
 
 @contextlib.contextmanager
-def _started() -> Iterator[subprocess.Popen[bytes]]:
+def _started() -> Iterator[Any]:
     """The process. It ends with the `with` block, also where that is left by Ctrl-C."""
     command = [sys.executable, "-c", _CODE.format(path=[str(entry) for entry in sys.path])]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    process = subprocess.Popen(command, env={**os.environ, **_ENVIRONMENT}, **pipes)  # type: ignore[call-overload]
+    environment = {**os.environ, **_ENVIRONMENT}
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
         yield process
     finally:
@@ -72,9 +68,17 @@ def _started() -> Iterator[subprocess.Popen[bytes]]:
         process.communicate()
 
 
-def _send(file: Any, message: Any) -> None:
-    pickle.dump(message, file)
-    file.flush()
+def _send(process: Any, message: Any) -> None:
+    with contextlib.suppress(BrokenPipeError):  # it has died: _receive says so
+        pickle.dump(message, process.stdin)
+        process.stdin.flush()
+
+
+def _receive(process: Any) -> Any:
+    try:
+        return pickle.load(process.stdout)
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise RuntimeError(f"fp6: the process that explains ended with exit code {process.wait()}") from error
 
 
 def _answer(answer: Callable[..., Any], question: tuple[Any, ...]) -> tuple[Any, ValueError | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-# What is assumed, because no datasheet says it; benchmarks/linear/simulate.py assumes the same of a GPU.
+# Assumptions of the prediction that no datasheet has; benchmarks/linear/simulate.py has the same for a GPU.
 SHARE_OF_BANDWIDTH = 0.9
 MICROSECONDS_PER_LAUNCH = {"in a CUDA graph": 2.0, "from the host": 6.0, "on a CPU": 0.0}
 
@@ -29,9 +29,10 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Linear:
-    """One weight that a matmul reads. `shape` is [N, K]; `format` and `sqnr` (dB) are None where there is none to tell.
+    """One weight that a matmul reads. `shape` is [N, K]. `reason` says why it is skipped; None if it is quantized.
 
-    `reason` says why it was left alone, `note` what else there is to know. Bytes are what one matmul reads, scales included.
+    `format` is None for one that is skipped, `sqnr` (dB) also where the values are not known. `note` is what else there is
+    to know. Bytes are what one matmul reads, scales included.
     """
 
     name: str
@@ -46,12 +47,12 @@ class Linear:
 
     @property
     def quantized(self) -> bool:
-        """Whether it runs in six bits."""
+        """Whether it is quantized."""
         return self.reason is None
 
     @property
     def sqnr_text(self) -> str:
-        """In dB, for people."""
+        """The SQNR with its unit, "unknown", or "" for a linear that is skipped."""
         if not self.quantized:
             return ""
         return "unknown" if self.sqnr is None else f"{self.sqnr:.1f} dB"
@@ -69,7 +70,7 @@ class Break:
 
 @dataclass(frozen=True)
 class CudaGraphs:
-    """`hold`: whether CUDA graphs record the whole call, or None: not known. `asked`: whether `mode` asks for them."""
+    """`hold`: whether CUDA graphs record the whole call; None if unknown. `asked`: whether `mode` asks for them."""
 
     hold: bool | None
     asked: bool
@@ -80,7 +81,8 @@ class CudaGraphs:
 class Prediction:
     """Milliseconds of one call. Predicted, not measured: bytes / (gb_per_s * share) + launches * launch_us.
 
-    `ms_16bit` is the same sum with the bytes of the weights before. None where the bandwidth is not known.
+    `ms_16bit` is the same with 16-bit weights. Both are None where the bandwidth is not known. `launched` says how: in a
+    CUDA graph, from the host, or on a CPU. `source` says where `gb_per_s`, the bandwidth, is from.
     """
 
     ms: float | None
@@ -116,12 +118,12 @@ class Result:
 
     @property
     def quantized(self) -> list[Linear]:
-        """The linears that run in six bits."""
+        """The linears that are quantized."""
         return [linear for linear in self.linears if linear.quantized]
 
     @property
     def saved(self) -> int:
-        """Bytes that a call reads less than with 16-bit weights."""
+        """How many bytes fewer a call reads than with 16-bit weights."""
         return sum(linear.bytes_before - linear.bytes_after for linear in self.linears)
 
     @property
@@ -131,7 +133,7 @@ class Result:
 
 
 def kind(launch: str) -> str:
-    """What a launch is, for people: "template matmul", "generated", "attention", "copy", or the operator's name."""
+    """The kind of a launch: "template matmul", "generated", "attention", "copy", or the operator's name."""
     if launch.startswith("triton_tem_"):
         return "template matmul"
     if launch.startswith(("triton_", "cpp_")):

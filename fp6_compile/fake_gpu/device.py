@@ -149,8 +149,8 @@ def _device_guard() -> Iterator[None]:
     """Let a CPU build of torch index and copy fake CUDA tensors.
 
     `x[1:]` and `x.copy_(y)` set a C++ device guard before they dispatch, and a CPU build has none for CUDA ("PyTorch is
-    not linked with support for cuda devices"). The guard of the meta device does nothing, which is what
-    torch._C._ensureCUDADeviceGuardSet installs in a CUDA build without a GPU, so it is lent to CUDA meanwhile.
+    not linked with support for cuda devices"). Meanwhile the meta device's guard, which does nothing, is CUDA's, too. In a
+    CUDA build without a GPU, torch itself installs such a guard.
     """
     if torch.backends.cuda.is_built():
         ensure_cuda_device_guard_set()

@@ -1,7 +1,7 @@
-"""Devices by name: datasheet figures, as data, for predictions and for generating their code without having them.
+"""Datasheet figures of devices, by name: for predicting times, and for generating code without the device.
 
-Bandwidths are peaks, in GB/s (10^9 bytes), of the source that stands beside each; multiprocessors, shared memory and caches
-are what decides which tiles are chosen. A device that is not here is described by what torch says of the one at hand.
+Bandwidths are peaks in GB/s (10^9 bytes); each has its source. The choice of tiles depends on multiprocessors, shared memory
+and caches. A device of this machine is described by what torch says of it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """One device. `reported`: its name to torch.cuda.get_device_name. `arch`: compute capability as a number (90 is sm_90),
-    a gfx name, or None for a CPU.
+    """One device.
 
-    gb_per_s: peak bandwidth of the memory; None where it is not known. shared: bytes of shared memory that a block may
-    use. l2_mb: MiB. Any of the last three may be 0 where nothing asks for them.
+    reported: what torch.cuda.get_device_name returns on it. arch: compute capability as a number (90 is sm_90), a gfx name,
+    or None for a CPU. gb_per_s: peak bandwidth of the memory; None where it is not known. shared: bytes of shared memory
+    that a block may use. l2_mb: the second-level cache, in MiB. source: where gb_per_s is from. multiprocessors, shared and
+    l2_mb are 0 where no code can be generated.
     """
 
     name: str
@@ -62,7 +63,7 @@ DEVICES = {
 
 
 def device_named(name: str) -> Device:
-    """The device that `name` names: exactly, or as the one known name that is part of it ("NVIDIA H200", "4090").
+    """The device called `name`, which may have more words than the known name, or fewer ("NVIDIA H200", "4090").
 
     Raises ValueError, listing the known names, for one that is not known.
     """
@@ -76,7 +77,7 @@ def device_named(name: str) -> Device:
 
 
 def this_device(device: torch.device) -> Device:
-    """The device behind a torch.device: a GPU as torch describes it, its bandwidth by its name; or a CPU, measured."""
+    """The device of a torch.device: a GPU as torch describes it, its bandwidth by its name; a CPU, measured."""
     if device.type != "cuda":
         return Device(f"this {device.type.upper()}", "", None, _measured(), source="measured now: the sum of 128 MB")
     about = torch.cuda.get_device_properties(device)
@@ -93,7 +94,7 @@ def this_device(device: torch.device) -> Device:
 
 
 def _measured() -> float:
-    """GB/s that the CPU reads memory at, on torch's threads: the best of three sums."""
+    """GB/s at which the CPU reads memory, on torch's threads: the best of three sums."""
     data, best = torch.ones(1 << 25), 0.0
     for _ in range(3):
         start = time.perf_counter()

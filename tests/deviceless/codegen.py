@@ -4,35 +4,25 @@
     print(module.code)                                       # the Triton text, the wrapper and its launches
     (y,) = run_interpreted(module.code, module.inputs)       # the same text, run on the CPU (interpret.py)
 
-The whole stack is the real one: Dynamo, AOTAutograd, joint and post-grad passes, lowerings, scheduler, CUDA codegen. The
-one thing replaced is the last step, where the text would be loaded. In its place stands a function that notes what it
-was called with and returns the fake outputs of the graph, so that models with several graphs, guards and recompiles go on.
+Dynamo, AOTAutograd, joint and post-grad passes, lowerings, scheduler and CUDA codegen are the real ones. Only the last step,
+which would load the text, is replaced (fp6_compile.fake_gpu.capture). A call of the module notes its arguments and returns
+the fake outputs of the graph, so that models with several graphs, guards and recompiles go on.
 """
 
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 import torch._inductor.config as inductor_config
-from torch._inductor import output_code
-from torch._inductor.graph import GraphLowering
-from torch._inductor.select_algorithm import AlgorithmSelectorCache
+
+from fp6_compile.fake_gpu.capture import Generated, code_is_kept
 
 from .fake_cuda import fake_cuda
 from .fake_tensors import ValuedFakeMode, place, value_of
-
-# Private names used in this file. GraphLowering.compile_to_module and its codegen(), the two cudagraph functions of
-# output_code, and AlgorithmSelectorCache.lookup and .make_precompile_fn: torch 2.11, 2.13 and 2.15 (the arguments of the
-# last two differ). This one was renamed in 2.15; both decide whether a fused epilogue is timed before it is taken.
-_BENCHMARK_FUSION = "benchmark_template_fusion"
-if not hasattr(inductor_config, _BENCHMARK_FUSION):
-    _BENCHMARK_FUSION = "benchmark_epilogue_fusion"
 
 # A tensor, or the size that a symbolic dimension had in that call.
 Argument = torch.Tensor | int
@@ -66,9 +56,8 @@ def capture_modules(mode: ValuedFakeMode) -> Iterator[list[GeneratedModule]]:
     """Inside `fake_cuda() as mode`: collect every module Inductor generates, in place of loading it."""
     modules: list[GeneratedModule] = []
 
-    def compile_to_module(graph: GraphLowering) -> types.SimpleNamespace:
-        text, _ = graph.codegen()
-        module = GeneratedModule(text.value)
+    def call_of(graph: Any, generated: Generated) -> Callable[[list[Any]], Sequence[Any]]:
+        module = GeneratedModule(generated.code)
         modules.append(module)
 
         def call(args: list[Any]) -> Sequence[Any]:
@@ -76,31 +65,10 @@ def capture_modules(mode: ValuedFakeMode) -> Iterator[list[GeneratedModule]]:
             with mode, mode.without_values():
                 return graph.module(*args)
 
-        return types.SimpleNamespace(call=call)
+        return call
 
-    with (
-        mock.patch.object(GraphLowering, "compile_to_module", compile_to_module),
-        # Recording into a CUDA graph comes after the code is made (mode="reduce-overhead"), and needs the device.
-        mock.patch.object(output_code, "cudagraph_post_compile", return_value=None),
-        mock.patch.object(output_code, "cudagraph_partition_post_compile", return_value=None),
-        _first_choice_wins(),
-    ):
+    with code_is_kept(call_of):
         yield modules
-
-
-@contextlib.contextmanager
-def _first_choice_wins() -> Iterator[None]:
-    """Autotuning without a device: of several template choices the first appended is taken, nothing is timed."""
-
-    def lookup(_: Any, choices: Sequence[Any], *args: Any, **kwargs: Any) -> dict[Any, float]:
-        return {choice: float(rank) for rank, choice in enumerate(choices)}
-
-    with (
-        mock.patch.object(AlgorithmSelectorCache, "lookup", lookup),
-        mock.patch.object(AlgorithmSelectorCache, "make_precompile_fn", return_value=dict),
-        inductor_config.patch({_BENCHMARK_FUSION: False}),
-    ):
-        yield
 
 
 def generate_modules(

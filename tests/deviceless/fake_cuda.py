@@ -1,4 +1,4 @@
-"""The fake CUDA device of fp6_compile.lowerings.pretend, with tensors that remember their values.
+"""The fake CUDA device of fp6_compile.fake_gpu, with tensors that remember their values.
 
 Nothing runs on this device: kernels can be generated and compiled for it, not launched. See interpret.py for that.
 """
@@ -15,7 +15,6 @@ import torch._inductor.config as inductor_config
 from fp6_compile.fake_gpu.device import fake_device
 from fp6_compile.fake_gpu.devices import DEVICES
 
-from .attention import choose_efficient
 from .fake_tensors import ValuedFakeMode
 
 _DEVICES = {80: "A100", 89: "L40S", 90: "H200", 100: "B200", 120: "RTX 5090"}
@@ -23,7 +22,7 @@ _DEVICES = {80: "A100", 89: "L40S", 90: "H200", 100: "B200", 120: "RTX 5090"}
 
 @contextlib.contextmanager
 def fake_cuda(sm: int = 90) -> Iterator[ValuedFakeMode]:
-    """Pretend that cuda:0 is a device of compute capability `sm`; yields the fake mode its tensors live in."""
+    """Inside, cuda:0 is a fake device of compute capability `sm`; yields the fake mode that its tensors live in."""
     if sm not in _DEVICES:
         raise ValueError(f"no stand-in for sm_{sm}; there is one for {', '.join(f'sm_{known}' for known in _DEVICES)}")
     with (
@@ -32,7 +31,6 @@ def fake_cuda(sm: int = 90) -> Iterator[ValuedFakeMode]:
         inductor_config.patch({"fx_graph_cache": False}),
         functorch_config.patch({"enable_autograd_cache": False}),
         dynamo_config.patch({"automatic_dynamic_local_pgo": False}),
-        choose_efficient(),
         ValuedFakeMode(allow_non_fake_inputs=True) as mode,
     ):
         yield mode

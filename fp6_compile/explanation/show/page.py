@@ -1,4 +1,4 @@
-"""An explanation as one HTML page: no script, no other file, no network; light or dark as the reader's system is."""
+"""A result as one HTML page: no script, no other file, no network; light or dark as the reader's system is."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from fp6_compile.explanation.result import Linear, Result
 from fp6_compile.explanation.show import text
 from fp6_compile.report import size_text
 
-# A full bar: more than six bits reach.
+# The SQNR of a full bar: more than a format of six bits reaches.
 _MOST_DB = 40.0
 
 
 def page(found: Result, whole: bool = True) -> str:
-    """A page, or, for notebooks, what would stand in its body."""
+    """A whole page or, for notebooks, what is in its body."""
     style = Path(__file__).with_name("page.css").read_text()
     parts = [_head(found), _cards(found), _breaks(found), _table(found)]
     body = f'<style>{style}</style><div class="fp6">{"".join(parts)}</div>'

@@ -1,4 +1,4 @@
-"""An explanation for rich: `rich.print(explanation)`."""
+"""A result for rich: `rich.print(explanation)`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fp6_compile.explanation.show import text
 
 
 def renderable(found: Result) -> Any:
-    """What rich prints. Only rich asks for it, so rich is there."""
+    """What rich prints. Only rich calls this, so it is installed."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text

@@ -1,4 +1,4 @@
-"""An explanation as plain text."""
+"""A result as plain text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ JUSTIFY: tuple[Literal["left", "right"], ...] = ("left", "left", "right", "left"
 
 
 def text(found: Result) -> str:
-    """All of it, a line for each linear."""
+    """The facts, and a table with a line for each linear."""
     facts = "\n".join(f"{name:<12}  {value}" for name, value in summary(found))
     return f"{title(found)}\n\n{facts}\n\n{_table(found.linears)}"
 
@@ -24,7 +24,7 @@ def title(found: Result) -> str:
 
 
 def summary(found: Result) -> Iterator[tuple[str, str]]:
-    """The facts above the table: a name and a sentence each."""
+    """The facts above the table: (name, sentence)."""
     before, after = (sum(getattr(x, key) for x in found.linears) for key in ("bytes_before", "bytes_after"))
     yield (
         "linears",
@@ -52,7 +52,7 @@ def breaks(found: Result) -> str:
 
 
 def cuda_graphs(found: Result) -> tuple[str, str]:
-    """Whether they hold, in a word, and why or why not."""
+    """(whether CUDA graphs record the call, why or why not)."""
     graphs = found.cuda_graphs
     if graphs.hold:
         return ("hold", "all of the call") if graphs.asked else ("would hold", 'mode="reduce-overhead" asks for them')
@@ -60,7 +60,7 @@ def cuda_graphs(found: Result) -> tuple[str, str]:
 
 
 def kernels(found: Result) -> str:
-    """How many a call launches, by kind."""
+    """How many kernels a call launches, by kind."""
     if found.launches is None:
         return f"unknown: {found.unknown}"
     kinds = sorted(found.kinds.items())
@@ -84,12 +84,12 @@ def times(found: Result) -> str:
 
 
 def time_text(ms: float) -> str:
-    """Milliseconds, for people."""
+    """Milliseconds as text, in ms or us."""
     return f"{ms:.3g} ms" if ms >= 0.1 else f"{1e3 * ms:.3g} us"
 
 
 def formula(found: Result) -> str:
-    """What the prediction is the sum of."""
+    """How the predicted time is computed."""
     guess = found.prediction
     rate = "an unknown bandwidth" if guess.gb_per_s is None else f"{guess.gb_per_s:.4g} GB/s"
     launches = f" + {len(found.launches)} launches of {guess.launch_us:g} us {guess.launched}" if found.launches else ""

@@ -33,7 +33,7 @@ from fp6_compile.report import LinearReport
 
 @dataclass
 class Step:
-    """What the graphs of one call do, added up; a graph that runs for several layers counts as often."""
+    """What the graphs of one call do, added up. A graph that runs for several layers counts as often as it runs."""
 
     graphs: int = 0
     launches: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Found:
-    """A weight that a matmul reads: its names in the model, its line, what it is packed as, and its error in dB."""
+    """A weight that a matmul reads: its names in the model, its line of the report, its format, and its SQNR in dB."""
 
     names: tuple[str, ...]
     line: LinearReport
@@ -54,9 +54,9 @@ class Found:
 
 
 class Trace:
-    """A backend for torch.compile that notes what the backend fp6 would do, and computes with fakes.
+    """A backend for torch.compile that notes what the backend fp6 would do. Its graphs compute fakes.
 
-    `found` has each weight once, in the order of running.
+    `found` has each weight once, in the order in which they run. `ask` answers questions about values (values.py).
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Trace:
             self._names.setdefault(id(tensor), []).append(name)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        """Note what would be generated for a graph of Dynamo's; its calls compute fakes, and are noted, too."""
+        """Note what would be generated for a graph of Dynamo's. What is returned computes fakes, and notes its calls."""
         packed = _ShapedGraph(gm, example_inputs, self.options, self._fakes, self._ask)
         inputs = packed.inputs()
         kept = [example_inputs[position] for position in packed.kept]
@@ -172,7 +172,7 @@ class _ShapedGraph(PackedGraph):
 
 
 class _Shapes(Planes):
-    """The packed form of parameters that have no values."""
+    """Planes of parameters that have no values."""
 
     def _quantized(self, parameter: Any, name: str) -> tuple[Stamp, tuple[Tensor, ...]]:
         if isinstance(parameter, PackedTensor):
@@ -187,7 +187,7 @@ class _Shapes(Planes):
         )
 
     def _house(self, parameters: Sequence[Any], sources: Sequence[tuple[Tensor, ...]]) -> None:
-        """Nothing: they have no memory."""
+        """Nothing to do: fakes have no memory."""
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

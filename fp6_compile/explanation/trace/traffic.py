@@ -1,7 +1,7 @@
-"""The bytes that one run of a graph reads from memory: its inputs.
+"""The bytes that one run of a graph reads from memory: those of its inputs.
 
-Of an embedding, the rows that are looked up. What a graph makes on its way is left out: with few tokens it is small and
-stays in the cache.
+Of an embedding only the rows that are looked up count. Intermediate results do not count: with few tokens they are small and
+stay in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LOOKUPS = {"embedding", "index_select", "gather"}
 
 
 def traffic(graph: Graph, inputs: Sequence[Any], planes: Sequence[Tensor], owned: set[int]) -> Traffic:
-    """Of a graph whose inputs are `inputs` and then `planes`; `owned`: ids of the model's parameters and buffers."""
+    """Of a graph with the inputs `inputs` and then `planes`; `owned` are ids of the model's parameters and buffers."""
     found = Traffic(packed=sum(plane.nbytes for plane in planes))
     for node, value in zip(graph.find_nodes(op="placeholder"), inputs, strict=False):
         if isinstance(value, PackedTensor):
@@ -32,7 +32,7 @@ def traffic(graph: Graph, inputs: Sequence[Any], planes: Sequence[Tensor], owned
 
 
 def _read(node: Node, value: Tensor) -> int:
-    """Bytes that the readers of an input read: a lookup as many as it returns."""
+    """Bytes of an input that are read: all, or what lookups return if nothing else reads it."""
     results = [user.meta.get("example_value") for user in node.users if _name(user) in _LOOKUPS]
     if len(results) < len(node.users) or not all(isinstance(result, Tensor) for result in results):
         return value.nbytes if node.users else 0
