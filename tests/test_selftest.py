@@ -90,7 +90,7 @@ def test_nothing_is_launched_while_a_graph_is_recorded(monkeypatch):
 
 
 def _graph(spec):
-    return SimpleNamespace(taken=SimpleNamespace(specs=[spec]), planes=list)
+    return SimpleNamespace(weights=SimpleNamespace(specs=[spec]), planes=list)
 
 
 def test_the_verdict_is_part_of_the_cache_key(monkeypatch):

@@ -252,6 +252,7 @@ assert len(outputs) == 8 and all(torch.equal(outputs[0], output) for output in o
 """
 
 
+@pytest.mark.slow
 def test_threads_that_compile_first():
     """Models of their own, which register the backend and load the CPU kernel; then one model, by eight threads."""
     done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, cwd=ROOT)
