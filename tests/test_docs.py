@@ -1,4 +1,4 @@
-"""The documentation holds: README's size, every file, name, test and command that a page mentions, Python blocks that can run."""
+"""What the documentation says holds: README's size, the files, names, tests and commands of each page, blocks of Python."""
 
 import re
 from importlib import import_module
@@ -14,7 +14,9 @@ DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
 GUIDE = [ROOT / "README.md", ROOT / "docs/index.md", *sorted((ROOT / "docs/guide").glob("*.md"))]
 SOURCES = ("fp6_compile", "tests", "benchmarks", "examples", "docs")
-FENCE = re.compile(r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL
+)
 
 
 def _id(path):
