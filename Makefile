@@ -13,7 +13,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# What takes longer: generated code, compilers, kills, soaks. FP6_SOAK=full makes soaks as long as docs/soundness.md says.
+# What takes longer: generated code, compilers, kills, soaks. FP6_SOAK=full makes soaks as long as docs/internals/soundness.md says.
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 

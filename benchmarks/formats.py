@@ -1,4 +1,5 @@
-"""Formats side by side on the weights of the shipped model: `python -m benchmarks.formats` prints the table of docs/results/accuracy.md.
+"""Formats side by side on the weights of the shipped model: `python -m benchmarks.formats`
+prints the table of docs/results/accuracy.md.
 
 SQNR in dB over all weights, with absmax scales per row and per group of 64. INT6 and INT4 are there for comparison.
 """

@@ -1,4 +1,4 @@
-"""The documentation holds: README's size, every file, name, test and command that a page mentions, Python blocks that can run."""
+"""What the documentation says holds: README's size, the files, names, tests and commands of each page, blocks of Python."""
 
 import re
 from importlib import import_module

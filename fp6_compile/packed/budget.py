@@ -8,7 +8,8 @@ per bit.
 
 Errors are relative: the squared error of a weight over its squares, which is about that of the layer's output. How much the
 model suffers from one can be measured (`fp6_compile.sensitivities`). If it was not, it is taken to be the number of weights
-times their root mean square: the geometric mean of "all relative errors are alike" and "all absolute errors are" (docs/log.md).
+times their root mean square: the geometric mean of "all relative errors are alike" and "all absolute errors are"
+(docs/log.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How long soak tests are: short in CI, as long as docs/soundness.md says with FP6_SOAK=full."""
+"""How long soak tests are: short in CI, as long as docs/internals/soundness.md says with FP6_SOAK=full."""
 
 import os
 
