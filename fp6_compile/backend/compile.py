@@ -52,7 +52,7 @@ def fp6(
         options: see config.Options.
 
     Raises:
-        ValueError: an option is unknown or ill-typed; with `strict`, a linear cannot be taken.
+        ValueError: an option is unknown or ill-typed; with `strict`, a linear cannot be quantized.
     """
     parsed = Options.parse(mode, options)
     on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in example_inputs)
@@ -66,7 +66,7 @@ def fp6(
 
     def run(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
-            _refuse_tangents(args)
+            _check_no_tangents(args)
         inputs = [*(args[position] for position in kept), *weights.tensors(args)]
         if torch.is_grad_enabled():
             return compiled(*inputs)
@@ -93,7 +93,7 @@ def _verdicts(packed: PackedGraph) -> list[str]:
     return sorted(found)
 
 
-def _refuse_tangents(args: Sequence[Any]) -> None:
+def _check_no_tangents(args: Sequence[Any]) -> None:
     """Inductor's kernels drop the tangents of forward-mode AD without a word."""
     if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
         raise NotImplementedError("fp6: compiled code has no forward-mode AD: call the model that was not compiled")

@@ -1,4 +1,4 @@
-"""Dynamo's graph with packed weights: a copy in which `fp6::dequantize` stands in the place of each weight that is taken.
+"""Dynamo's graph with packed weights: a copy in which `fp6::dequantize` stands in the place of each quantized weight.
 
     before   linear = F.linear(x, weight, bias)
     after    dequantize = fp6.dequantize(planes, scale, ...);  linear = F.linear(x, dequantize, bias)
@@ -23,12 +23,12 @@ from torch.fx import GraphModule, Node
 
 from fp6_compile.backend.find.fused import copied, unfused
 from fp6_compile.backend.find.hidden import hidden_weights
-from fp6_compile.backend.find.linears import Weight, find_weight, is_linear, refusal
+from fp6_compile.backend.find.linears import Weight, find_weight, is_linear, skip_reason
 from fp6_compile.backend.find.merging import Candidate, groups
 from fp6_compile.backend.find.names import Names
 from fp6_compile.backend.planes import PackSpec, Planes
 from fp6_compile.backend.weights import WeightInputs, packed_planes
-from fp6_compile.config import Options
+from fp6_compile.config import Options, SkipReason
 from fp6_compile.formats import AUTO, Format, get_format
 from fp6_compile.layouts.packing import layout_for, plane_names
 from fp6_compile.packed.tensor import PackedTensor
@@ -39,15 +39,15 @@ from fp6_compile.report import LinearReport, count
 class PackedGraph:
     """The rewritten graph `gm` of a Dynamo graph, and how its inputs follow from those that Dynamo passes.
 
-    `kept` are the positions of Dynamo's inputs that it still has, `taken` the weights whose planes come after them, and
-    `lines` the lines of the report by position. Raises ValueError, with `strict`, for a linear that cannot be taken.
+    `kept` are the positions of Dynamo's inputs that it still has, `weights` the sets of bit planes that come after them, and
+    `lines` the lines of the report by position. Raises ValueError, with `strict`, for a linear that cannot be quantized.
     """
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
         self.options = options
         self.example_inputs = example_inputs
         self.names = Names(gm)
-        self.names.check(options)
+        self.names.check(options.skip)
         gm = unfused(gm)
         self.gm, self._copies = copied(gm)
         self.kept = list(range(len(example_inputs)))
@@ -55,7 +55,7 @@ class PackedGraph:
         self._planes: list[Planes] = []
         self.lines: dict[int, LinearReport] = {}
         for group in groups(self._candidates(gm)):
-            self._take(group)
+            self._quantize(group)
         self.gm.graph.lint()
         self.gm.recompile()
 
@@ -65,7 +65,7 @@ class PackedGraph:
         return [self.lines[position] for position in sorted(self.lines)]
 
     def planes(self) -> list[Tensor]:
-        """The planes and scales of all weights that were taken: the last inputs of the new graph."""
+        """The bit planes and scales of all quantized weights: the last inputs of the new graph."""
         return [tensor for planes in self._planes for tensor in planes.packing.tensors]
 
     def inputs(self) -> list[Any]:
@@ -91,16 +91,16 @@ class PackedGraph:
             if isinstance(packed, PackedTensor):
                 if packed is value and _can_move(candidate):
                     yield candidate
-            elif refused := refusal(weight, value, candidate.names, self.options):
-                self._refuse(candidate, *refused)
+            elif reason := skip_reason(weight, value, candidate.names, self.names.modules(value), self.options):
+                self._skip(candidate, reason)
             else:
                 yield candidate
 
-    def _refuse(self, candidate: Candidate, reason: str, excused: bool) -> None:
-        if self.options.strict and not excused:
-            raise ValueError(f"fp6: strict: cannot take {candidate.names[0]}: {reason}")
-        count("linears_refused")
-        self._report(candidate, candidate.value.nbytes, reason=reason)
+    def _skip(self, candidate: Candidate, reason: SkipReason) -> None:
+        if self.options.strict and not reason.by_request:
+            raise ValueError(f"fp6: strict: cannot quantize {candidate.names[0]}: {reason.text}")
+        count("linears_skipped")
+        self._report(candidate, candidate.value.nbytes, reason=reason.text)
 
     def _report(self, candidate: Candidate, size: int, **reason_or_note: str | None) -> None:
         value = candidate.value
@@ -108,15 +108,15 @@ class PackedGraph:
         line = LinearReport(candidate.names[0], shape, value.dtype, value.nbytes, size, **reason_or_note)
         self.lines[candidate.position] = line
 
-    def _take(self, group: list[Candidate]) -> None:
+    def _quantize(self, group: list[Candidate]) -> None:
         """Pack a group of weights side by side, and put `fp6::dequantize` before every linear that reads them."""
         try:
             packs = [self._pack(group, transposed) for transposed in group[0].orientations]
         except ValueError as error:  # one of the weights has values that cannot be quantized
             for candidate in group if len(group) > 1 else ():
-                self._take([candidate])
+                self._quantize([candidate])
             if len(group) == 1:
-                self._refuse(group[0], str(error), excused=False)
+                self._skip(group[0], SkipReason(str(error), False))
             return
         for planes in packs:
             self._replace(group, planes)
@@ -125,7 +125,7 @@ class PackedGraph:
         for i, candidate in enumerate(group):
             self._drop(candidate)
             if not candidate.packed:
-                count("linears_taken")
+                count("linears_quantized")
             size = sum(tensor.nbytes for planes in packs for tensor in planes.packing.rows[i])
             self._report(candidate, size, note=_note(candidate, group), format=packs[0].spec.format)
 
@@ -134,7 +134,7 @@ class PackedGraph:
         how, value = first.packed or self.options, first.value
         fmt = self._format(group, transposed)
         layout = first.packed.layout if first.packed else layout_for(value.device, value.dtype, fmt)
-        spec = PackSpec(fmt.name, how.group_size, self.options.scale, layout, transposed, value.device)
+        spec = PackSpec(fmt.name, how.group_size, self.options.scale_method, layout, transposed, value.device)
         return self._planes_of(group, spec)
 
     def _planes_of(self, group: list[Candidate], spec: PackSpec) -> Planes:
@@ -145,7 +145,7 @@ class PackedGraph:
         if packed or options.format != "auto":
             return get_format(packed.format if packed else options.format)
         weights = [c.value.detach().t() if transposed else c.value.detach() for c in group]
-        return choose_format(weights, [get_format(name) for name in AUTO], options.group_size, options.scale)
+        return choose_format(weights, [get_format(name) for name in AUTO], options.group_size, options.scale_method)
 
     def _replace(self, group: list[Candidate], planes: Planes) -> None:
         """Each weight's readers read its rows of the dequantized planes instead."""

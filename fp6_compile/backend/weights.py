@@ -15,9 +15,9 @@ The planes are an attribute of their parameters and live exactly as long: graphs
 is no weak reference to a parameter either, because `Module._apply` swaps tensors and refuses those that have one.
 
 Some changes leave no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the `p.data += delta` of
-some LoRA merges (autograd's own check misses it, too), through NumPy, DLPack or the storage, or by a kernel that raises no
-version. For those there is `refresh(model)`. Fused optimizers are such kernels, so every optimizer's step marks what it has
-stepped.
+some LoRA merges (autograd's own check misses it, too), through NumPy, DLPack or the storage, or by a kernel that does not
+raise the version. After those, call `mark_weights_changed(model)`. Fused optimizers are such kernels, so the step of every
+optimizer marks the parameters that it has stepped.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class WeightInputs:
         return call.tensors
 
 
-def refresh(model: torch.nn.Module) -> None:
+def mark_weights_changed(model: torch.nn.Module) -> None:
     """Quantize the weights of `model` anew at their next use; only needed after a write that leaves no trace in PyTorch."""
     _forget(model.parameters())
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from fp6_compile.checkpoint.manifest import INDEX, CheckpointError, Manifest, Weight, index_text, metadata, shards_of
 from fp6_compile.layouts.packing import PLANES
 from fp6_compile.packed import low_rank as lowrank
-from fp6_compile.packed.slots import Slot, slots, undone_on_error, usable
+from fp6_compile.packed.slots import Slot, slots, undone_on_error, usable_device
 from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.report import LinearReport, Report, progress
 from fp6_compile.storage.files import short
@@ -81,7 +81,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.devi
         ImportError: no safetensors library.
     """
     safetensors()
-    model, target = getattr(model, "_orig_mod", model), usable(device)
+    model, target = getattr(model, "_orig_mod", model), usable_device(device)
     manifest = Manifest.read(Path(folder))
     found = {name: slot for slot in slots(model) for name in slot.names}
     grown = _growth(model, found, manifest)
@@ -118,8 +118,7 @@ def _growth(model: nn.Module, found: dict[str, Slot], manifest: Manifest) -> dic
 
 
 def _fill(slot: Slot, name: str, manifest: Manifest, device: torch.device | None) -> None:
-    target = device or slot.tensor.device
-    target = torch.device("cpu") if target.type == "meta" else target
+    target = slot.device(device)
     if name in manifest.plain:
         slot.put(manifest.plain[name].read(target))
     else:

@@ -13,11 +13,12 @@ import torch
 
 import fp6_compile
 from fp6_compile.checkpoint.manifest import INDEX, Manifest, Weight
-from fp6_compile.checkpoint.mx import is_mx, load_mx
+from fp6_compile.checkpoint.mx import is_mx, load_quark_mxfp6
 from fp6_compile.checkpoint.save_load import save
 from fp6_compile.cli.folder import empty_model
 from fp6_compile.cli.table import table
 from fp6_compile.cli.token import one_token
+from fp6_compile.config import QuantConfig
 from fp6_compile.packed.quantize_model import quantize_
 from fp6_compile.report import size_text
 from fp6_compile.storage.files import member, read_json
@@ -52,15 +53,10 @@ def quantize(arguments: argparse.Namespace) -> int:
     model = empty_model(source, arguments.dtype, arguments.trust_remote_code)
     others = _others(source)
     if is_mx(source):
-        report = load_mx(model, source, device=arguments.device)
+        report = load_quark_mxfp6(model, source, device=arguments.device)
     else:
-        how = {
-            "format": arguments.format,
-            "group_size": arguments.group_size,
-            "scale": arguments.scale,
-            "skip": arguments.skip,
-        }
-        report = quantize_(model, **how, device=arguments.device, source=source)
+        config = QuantConfig(arguments.format, arguments.group_size, arguments.scale, arguments.skip)
+        report = quantize_(model, config, device=arguments.device, source=source)
     print(report)
     if not report.quantized:
         raise ValueError("no linear was packed, so nothing is saved (a float32 model: try --dtype bfloat16)")

@@ -48,7 +48,7 @@ def explain(
 
     Nothing runs: the call is traced with tensors that have no values, on a GPU that need not be there. The model is not
     changed, and code that is compiled already stays. Weights on the meta device will do; their errors are then unknown. As
-    in torch.compile, weights that require grad are left alone while grad mode is on: use torch.no_grad().
+    in torch.compile, weights that require grad are skipped while grad mode is on: use torch.no_grad().
 
     Args:
         model: a module, or what torch.compile made of one.
@@ -57,7 +57,8 @@ def explain(
         mode, options: as for the backend, see config.Options.
 
     Raises:
-        ValueError: an unknown device or option; a model that cannot be copied; with `strict`, a linear that cannot be taken.
+        ValueError: an unknown device or option; a model that cannot be copied; with `strict`, a linear that cannot be
+            quantized.
     """
     from fp6_compile.explanation.fakes import Fakes
     from fp6_compile.explanation.trace import Trace

@@ -22,7 +22,7 @@ from fp6_compile.layouts.packing import CPU, gpu_layout, rows_per_index
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight that can be taken: its position among the graph's inputs, its readers, its value and its names.
+    """A weight that can be quantized: its position among the graph's inputs, its readers, its value and its names.
 
     One that is packed already (a PackedTensor) can be merged with others of its kind.
     """
