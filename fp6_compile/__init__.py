@@ -31,6 +31,9 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 if TYPE_CHECKING:
     from fp6_compile.backend.weights import mark_weights_changed
     from fp6_compile.calibration.run import calibrate_
@@ -107,6 +110,17 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _unpickle(*parts: Any) -> Tensor:
+    from fp6_compile.packed.tensor import _rebuild
+
+    return _rebuild(*parts)
+
+
+# Importing this package is enough for torch.load(weights_only=True). The second name is that of pickles of version 0.1.
+_PICKLED = ("fp6_compile.packed.tensor._rebuild", "fp6_compile.tensor._rebuild")
+torch.serialization.add_safe_globals([(_unpickle, name) for name in _PICKLED])
 
 
 def __dir__() -> list[str]:

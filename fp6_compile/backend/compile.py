@@ -79,18 +79,15 @@ def fp6(
 
 def _verdicts(packed: PackedGraph) -> list[str]:
     """What the self-tests said of the kernels for these weights: it decides on their code."""
-    on_gpu = [
-        spec for spec in {*packed.weights.specs} if spec.device.type == "cuda" and spec.layout in GPU_LAYOUTS.values()
-    ]
-    if not on_gpu or any(isinstance(tensor, FakeTensor) for tensor in packed.planes()):
+    keys = [key for key in packed.weights.keys if key.device.type == "cuda" and key.spec.layout in GPU_LAYOUTS.values()]
+    if not keys or any(isinstance(tensor, FakeTensor) for tensor in packed.planes()):
         return []
     from fp6_compile.kernels.selection.choices import may_use_wgmma  # here, because it imports Triton
 
-    found = []
-    for spec in on_gpu:
-        problem = spec.device, lane_dtype(spec.layout), get_format(spec.format), spec.group_size
-        found.append(f"{problem} {may_use_wgmma(*problem)}")
-    return sorted(found)
+    problems = {
+        (key.device, lane_dtype(key.spec.layout), get_format(key.spec.format), key.spec.group_size) for key in keys
+    }
+    return sorted(f"{problem} {may_use_wgmma(*problem)}" for problem in problems)
 
 
 def _check_no_tangents(args: Sequence[Any]) -> None:

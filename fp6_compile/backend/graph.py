@@ -26,11 +26,12 @@ from fp6_compile.backend.find.hidden import hidden_weights
 from fp6_compile.backend.find.linears import Weight, find_weight, is_linear, skip_reason
 from fp6_compile.backend.find.merging import Candidate, groups
 from fp6_compile.backend.find.names import Names
-from fp6_compile.backend.planes import PackSpec, Planes
+from fp6_compile.backend.planes import Planes, PlanesKey
 from fp6_compile.backend.weights import WeightInputs, packed_planes
 from fp6_compile.config import Options, SkipReason
 from fp6_compile.formats import AUTO, Format, get_format
 from fp6_compile.layouts.packing import layout_for, plane_names
+from fp6_compile.layouts.spec import PackingSpec
 from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.quantize import choose_format
 from fp6_compile.report import LinearReport, count
@@ -127,18 +128,19 @@ class PackedGraph:
             if not candidate.packed:
                 count("linears_quantized")
             size = sum(tensor.nbytes for planes in packs for tensor in planes.packing.rows[i])
-            self._report(candidate, size, note=_note(candidate, group), format=packs[0].spec.format)
+            self._report(candidate, size, note=_note(candidate, group), format=packs[0].key.spec.format)
 
     def _pack(self, group: list[Candidate], transposed: bool) -> Planes:
         first = group[0]
         how, value = first.packed or self.options, first.value
         fmt = self._format(group, transposed)
         layout = first.packed.layout if first.packed else layout_for(value.device, value.dtype, fmt)
-        spec = PackSpec(fmt.name, how.group_size, self.options.scale_method, layout, transposed, value.device)
-        return self._planes_of(group, spec)
+        k = value.shape[0 if transposed else 1]
+        spec = PackingSpec(fmt.name, layout, how.group_size, k, value.dtype, transposed)
+        return self._planes_of(group, PlanesKey(spec, self.options.scale_method, value.device))
 
-    def _planes_of(self, group: list[Candidate], spec: PackSpec) -> Planes:
-        return packed_planes([c.value for c in group], spec, [c.names[0] for c in group])
+    def _planes_of(self, group: list[Candidate], key: PlanesKey) -> Planes:
+        return packed_planes([c.value for c in group], key, [c.names[0] for c in group])
 
     def _format(self, group: list[Candidate], transposed: bool) -> Format:
         options, packed = self.options, group[0].packed
@@ -149,7 +151,8 @@ class PackedGraph:
 
     def _replace(self, group: list[Candidate], planes: Planes) -> None:
         """Each weight's readers read its rows of the dequantized planes instead."""
-        transposed, last, first = planes.spec.transposed, self._dequantize(group[0], planes.spec), 0
+        spec = planes.key.spec
+        transposed, last, first = spec.transposed, self._dequantize(group[0], spec), 0
         whole = last
         for candidate in group:
             new = whole
@@ -163,7 +166,7 @@ class PackedGraph:
             for user in candidate.weight.users[transposed]:
                 self._copies[user].replace_input_with(self._copies[candidate.weight.placeholder], new)
 
-    def _dequantize(self, candidate: Candidate, spec: PackSpec) -> Node:
+    def _dequantize(self, candidate: Candidate, spec: PackingSpec) -> Node:
         graph = self.gm.graph
         name = self._copies[candidate.weight.placeholder].name
         last = graph.find_nodes(op="placeholder")[-1]
@@ -173,9 +176,8 @@ class PackedGraph:
                 planes.append(graph.placeholder(f"{name}{'t_' if spec.transposed else ''}{plane}"))
             planes[-1]._dynamo_source = None
             planes[-1].meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        k = candidate.value.shape[0 if spec.transposed else 1]
         with graph.inserting_after(planes[-1]):
-            how = (spec.format, spec.layout, spec.group_size, k, candidate.value.dtype)
+            how = (spec.format, spec.layout, spec.group_size, spec.k, spec.dtype)
             return graph.call_function(torch.ops.fp6.dequantize.default, (planes[:-1], planes[-1], *how))
 
     def _drop(self, candidate: Candidate) -> None:
@@ -196,8 +198,8 @@ def _note(candidate: Candidate, group: list[Candidate]) -> str | None:
 
 def _can_move(candidate: Candidate) -> bool:
     """Whether a PackedTensor's planes can lie beside others'. Changes of inference tensors could not be noticed."""
-    weight, value = candidate.weight, candidate.value
-    as_linear = candidate.orientations == [False] and not candidate.packed.transposed
+    weight, value, packed = candidate.weight, candidate.value, candidate.packed
+    as_linear = candidate.orientations == [False] and packed is not None and not packed.transposed
     return as_linear and weight.mutated_by is None and not value.is_inference()
 
 

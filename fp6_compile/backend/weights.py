@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fp6_compile.backend.planes import PackSpec, Planes, Stamp
+from fp6_compile.backend.planes import Planes, PlanesKey, Stamp
 from fp6_compile.report import Refresh, publish_refresh
 
 # Held while weights are quantized, never by a call that finds all of them fresh.
@@ -56,7 +56,7 @@ class _Table:
     """
 
     def __init__(self) -> None:
-        self.planes: dict[tuple[PackSpec, tuple[str, ...]], Planes] = {}
+        self.planes: dict[tuple[PlanesKey, tuple[str, ...]], Planes] = {}
         self.calls: dict[WeightInputs, _Call] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -81,21 +81,21 @@ def planes_of(parameter: Tensor) -> list[Planes]:
     return list(dict.fromkeys(table.planes.values())) if isinstance(table, _Table) else []
 
 
-def packed_planes(parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str]) -> Planes:
+def packed_planes(parameters: Sequence[Tensor], key: PlanesKey, names: Sequence[str]) -> Planes:
     """The planes of `parameters`, fresh or not: of an earlier graph (another shape, prefill and decode), or made now.
 
     Raises ValueError if a parameter cannot be quantized.
     """
-    key = spec, tuple(names)
+    entry = key, tuple(names)
     with _lock:
         tables = [_table(parameter).planes for parameter in parameters]
         known = (planes for table in tables for planes in table.values())
-        planes = next((p for p in known if p.spec == spec and p.belong_to(parameters)), None)
+        planes = next((p for p in known if p.key == key and p.belong_to(parameters)), None)
         if planes is None:  # some of the parameters may have been packed with others, which these replace
-            old = next((table[key].packing for table in tables if key in table), None)
-            planes = Planes(parameters, spec, names, old)
+            old = next((table[entry].packing for table in tables if entry in table), None)
+            planes = Planes(parameters, key, names, old)
         for table in tables:
-            table[key] = planes
+            table[entry] = planes
         return planes
 
 
@@ -111,13 +111,13 @@ class WeightInputs:
     """The sets of planes among the inputs of a compiled graph, and their parameters among Dynamo's inputs."""
 
     def __init__(self) -> None:
-        self.specs: list[PackSpec] = []
+        self.keys: list[PlanesKey] = []
         self._sets: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
 
     def add(self, positions: Sequence[int], planes: Planes) -> None:
         """One more set, and where its parameters are among Dynamo's inputs."""
         self._sets.append((tuple(positions), planes.names))
-        self.specs.append(planes.spec)
+        self.keys.append(planes.key)
 
     def tensors(self, args: Sequence[Any]) -> list[Tensor]:
         """(*planes, scale) of all sets, of the parameters that this call passes, refreshed if they have changed.
@@ -148,9 +148,9 @@ class WeightInputs:
         with _lock:
             first = _table(args[self._sets[0][0][0]])
             first.calls.pop(self, None)  # it holds the old planes
-            for (positions, names), spec in zip(self._sets, self.specs, strict=True):
+            for (positions, names), key in zip(self._sets, self.keys, strict=True):
                 parameters = [args[position] for position in positions]
-                planes = packed_planes(parameters, spec, names)
+                planes = packed_planes(parameters, key, names)
                 seconds |= planes.refresh(parameters)
                 tensors, _, stamps = planes.packing
                 call.tensors.extend(tensors)

@@ -20,7 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp6_compile.checkpoint.manifest import INDEX, CheckpointError, Manifest, Weight, index_text, metadata, shards_of
+from fp6_compile.checkpoint.manifest import (
+    INDEX,
+    CheckpointError,
+    Manifest,
+    PackedWeight,
+    index_text,
+    metadata,
+    shards_of,
+)
 from fp6_compile.layouts.packing import PLANES
 from fp6_compile.packed import low_rank as lowrank
 from fp6_compile.packed.slots import Slot, slots, undone_on_error, usable_device
@@ -103,7 +111,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.devi
     for slot in grown.values():
         linear, attribute = slot.owners[0]
         lowrank.grow(linear, attribute, getattr(linear, attribute))
-    return Report(tuple(lines), ", ".join(sorted({weight.format for weight in manifest.weights.values()})))
+    return Report(tuple(lines), ", ".join(sorted({weight.spec.format for weight in manifest.weights.values()})))
 
 
 def _growth(model: nn.Module, found: dict[str, Slot], manifest: Manifest) -> dict[str, Slot]:
@@ -128,8 +136,8 @@ def _fill(slot: Slot, name: str, manifest: Manifest, device: torch.device | None
 def _read_packed(manifest: Manifest, name: str, device: torch.device) -> PackedTensor:
     weight = manifest.weights[name]
     *planes, scale = (t for _, t in read((manifest.entries[f"{name}.{s}"] for s in weight.tensors()), device))
-    how = (weight.format, weight.group_size, weight.shape[1], weight.dtype)
-    return PackedTensor.from_planes(planes, scale, *how)
+    spec = weight.spec
+    return PackedTensor.from_planes(planes, scale, spec.format, spec.group_size, spec.k, spec.dtype)
 
 
 def _line(slot: Slot) -> LinearReport:
@@ -145,11 +153,9 @@ class _Shard:
     slots: list[Slot] = field(default_factory=list)
 
     @property
-    def weights(self) -> dict[str, Weight]:
+    def weights(self) -> dict[str, PackedWeight]:
         packed = {p.names[0]: p.tensor for p in self.slots if isinstance(p.tensor, PackedTensor)}
-        return {
-            n: Weight(t.spec.format, t.spec.group_size, (t.shape[0], t.shape[1]), t.dtype) for n, t in packed.items()
-        }
+        return {n: PackedWeight(t.spec._replace(layout=PLANES, k=t.shape[1]), t.shape[0]) for n, t in packed.items()}
 
     @property
     def tied(self) -> dict[str, str]:
@@ -205,7 +211,7 @@ def _check_can_be_saved(model: nn.Module) -> None:
 
 
 def _check_fits(found: dict[str, Slot], manifest: Manifest) -> None:
-    stored: dict[str, Entry | Weight] = {**manifest.plain, **manifest.weights}
+    stored: dict[str, Entry | PackedWeight] = {**manifest.plain, **manifest.weights}
     stored |= {alias: stored[name] for alias, name in manifest.tied.items()}
     missing, extra = sorted(found.keys() - stored.keys()), sorted(stored.keys() - found.keys())
     if missing or extra:

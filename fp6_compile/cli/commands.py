@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import fp6_compile
-from fp6_compile.checkpoint.manifest import INDEX, Manifest, Weight
+from fp6_compile.checkpoint.manifest import INDEX, Manifest, PackedWeight
 from fp6_compile.checkpoint.mx import is_mx, load_quark_mxfp6
 from fp6_compile.checkpoint.save_load import save
 from fp6_compile.cli.folder import empty_model
@@ -136,8 +136,8 @@ def inspect(arguments: argparse.Namespace) -> int:
         about = (
             name.removesuffix(".weight"),
             "x".join(map(str, weight.shape)),
-            weight.format,
-            str(weight.group_size or "row"),
+            weight.spec.format,
+            str(weight.spec.group_size or "row"),
         )
         rows.append((*about, str(weight.dtype).removeprefix("torch."), size_text(count), f"{8 * count / used:.2f}"))
     table(rows)
@@ -150,5 +150,5 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bytes(manifest: Manifest, name: str, weight: Weight) -> int:
+def _bytes(manifest: Manifest, name: str, weight: PackedWeight) -> int:
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in weight.tensors().values())

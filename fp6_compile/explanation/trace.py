@@ -19,7 +19,7 @@ from fp6_compile import lowerings
 from fp6_compile.backend.compile import inductor_patches
 from fp6_compile.backend.find.merging import Candidate
 from fp6_compile.backend.graph import PackedGraph
-from fp6_compile.backend.planes import PackSpec, Planes, Stamp
+from fp6_compile.backend.planes import Planes, PlanesKey, Stamp
 from fp6_compile.config import Options
 from fp6_compile.explanation.error import sqnr
 from fp6_compile.explanation.fakes import Fakes
@@ -119,31 +119,31 @@ class Trace:
         if id(value) in self.found:
             return
         names = tuple(self._names.get(id(value), [line.name]))
-        spec = packed.specs.get(line.name)
+        key = packed.keys.get(line.name)
         if isinstance(value, PackedTensor):
             self.found[id(value)] = Found(names, line, value.spec.format, None)
-        elif not line.quantized or spec is None:
+        elif not line.quantized or key is None:
             self.found[id(value)] = Found(names, line, None, None)
         else:
-            self.found[id(value)] = Found(names, line, spec.format, packed.error_of(value, spec))
+            self.found[id(value)] = Found(names, line, key.spec.format, packed.error_of(value, key))
 
 
 class _ShapedGraph(PackedGraph):
     """With weights that are packed in shape only. Values, where there are any, are measured and may refuse to be packed."""
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options, fakes: Fakes) -> None:
-        self.specs: dict[str, PackSpec] = {}
+        self.keys: dict[str, PlanesKey] = {}
         self._fakes = fakes
         self._errors: dict[int, float | None] = {}
         super().__init__(gm, example_inputs, options)
 
-    def error_of(self, fake: Tensor, spec: PackSpec) -> float | None:
+    def error_of(self, fake: Tensor, key: PlanesKey) -> float | None:
         """The error of a weight in dB; None where its values are not known."""
         if id(fake) not in self._errors:
             real = self._fakes.real(fake)
             known = real is not None and not real.is_meta and not isinstance(real, PackedTensor)
             with unset_fake_temporarily():
-                self._errors[id(fake)] = sqnr(real, spec) if known and real is not None else None
+                self._errors[id(fake)] = sqnr(real, key) if known and real is not None else None
         return self._errors[id(fake)]
 
     def _format(self, group: list[Candidate], transposed: bool) -> Format:
@@ -159,14 +159,14 @@ class _ShapedGraph(PackedGraph):
         with unset_fake_temporarily():
             return super()._format(known, transposed)
 
-    def _planes_of(self, group: list[Candidate], spec: PackSpec) -> Planes:
+    def _planes_of(self, group: list[Candidate], key: PlanesKey) -> Planes:
         for candidate in group:
-            self.specs[candidate.names[0]] = spec
+            self.keys[candidate.names[0]] = key
             try:
-                self.error_of(candidate.value, spec)
+                self.error_of(candidate.value, key)
             except ValueError as error:
                 raise ValueError(f"fp6: cannot quantize {candidate.names[0]}: {error}") from error
-        return _Shapes([candidate.value for candidate in group], spec, [candidate.names[0] for candidate in group])
+        return _Shapes([candidate.value for candidate in group], key, [candidate.names[0] for candidate in group])
 
 
 class _Shapes(Planes):
@@ -175,16 +175,17 @@ class _Shapes(Planes):
     def _quantized(self, parameter: Any, name: str) -> tuple[Stamp, tuple[Tensor, ...]]:
         if isinstance(parameter, PackedTensor):
             return super()._quantized(parameter, name)
-        n, k = parameter.shape[::-1] if self.spec.transposed else parameter.shape
+        spec = self.key.spec
+        n, k = parameter.shape[::-1] if spec.transposed else parameter.shape
         codes = parameter.new_empty(n, k, dtype=torch.uint8)
-        groups = -(-k // self.spec.group_size) if self.spec.group_size else 1
+        groups = -(-k // spec.group_size) if spec.group_size else 1
         scale = parameter.new_empty(groups, n, dtype=torch.float32)
         return Stamp(id(parameter), 0, 0, 0, None), (
-            *pack(codes, get_format(self.spec.format), self.spec.layout),
+            *pack(codes, get_format(spec.format), spec.layout),
             scale,
         )
 
-    def _house(self, parameters: Sequence[Any], sources: Sequence[tuple[Tensor, ...]]) -> None:
+    def _adopt(self, parameters: Sequence[Any], sources: Sequence[tuple[Tensor, ...]]) -> None:
         """Nothing: they have no memory."""
 
 

@@ -42,17 +42,6 @@ LAYOUTS = (PLANES, *GPU_LAYOUTS.values(), CPU)
 TILE_ROWS, TILE_K = 4, 64
 
 
-class Spec(NamedTuple):
-    """All there is to a packed weight beside its tensors: one graph, one cache entry, for all weights of the same."""
-
-    format: str
-    layout: str
-    group_size: int | None
-    k: int
-    dtype: torch.dtype
-    transposed: bool = False
-
-
 def layout_for(device: torch.device, dtype: torch.dtype, fmt: Format) -> str:
     """The layout that `fp6::mm` reads fastest on `device` with activations of `dtype`."""
     if device.type == "cpu":

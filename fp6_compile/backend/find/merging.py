@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from fp6_compile.backend.find.linears import Weight, input_of
 from fp6_compile.layouts.packing import CPU, gpu_layout, rows_per_index
+from fp6_compile.layouts.spec import PackingSpec
+from fp6_compile.packed.tensor import PackedTensor
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Candidate:
         return self.value.shape[1 if self.orientations == [True] else 0]
 
     @property
-    def packed(self) -> Any:
+    def packed(self) -> PackingSpec | None:
         """How it is packed, if it is already."""
-        return getattr(self.value, "spec", None)
+        return self.value.spec if isinstance(self.value, PackedTensor) else None
 
     @property
     def granularity(self) -> int:
