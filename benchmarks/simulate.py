@@ -25,7 +25,7 @@ from benchmarks import environment
 from benchmarks.bench import Problem, compare
 from benchmarks.cases import DTYPES, Case, Kernel, compile_case, tile_of
 from benchmarks.results import Row
-from fp6_compile.layouts.packing import BLOCK_K, ROWS
+from fp6_compile.layouts.gpu_tiles import BLOCK_K, ROWS
 
 BITS = 6
 

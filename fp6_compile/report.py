@@ -188,7 +188,8 @@ def progress(items: Sequence[Item], title: str) -> Iterable[Item]:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=title, delay=2, leave=False)
+    bar: Iterable[Item] = tqdm(items, desc=title, delay=2, leave=False)
+    return bar
 
 
 def forget_reports() -> None:

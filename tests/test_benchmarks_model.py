@@ -9,7 +9,8 @@ import torch
 from benchmarks import bench, linear, plots, simulate
 from benchmarks.shapes import get_shape
 from fp6_compile.formats import FORMATS
-from fp6_compile.layouts.packing import GPU_LAYOUTS, pack
+from fp6_compile.layouts.gpu_tiles import GPU_LAYOUTS
+from fp6_compile.layouts.packing import pack
 
 
 def predicted(m, shape="28672x8192", assumed=simulate.ASSUMED, dtype="fp16", group=None):

@@ -15,7 +15,8 @@ from examples.decode.loop import Sampling, State, make_step
 from fp6_compile import PackedTensor
 from fp6_compile.explanation.launches import launches
 from fp6_compile.formats import get_format
-from fp6_compile.layouts.packing import BLOCK_K, GPU_LAYOUTS, ROWS, pack
+from fp6_compile.layouts.gpu_tiles import BLOCK_K, GPU_LAYOUTS, ROWS
+from fp6_compile.layouts.packing import pack
 from fp6_compile.layouts.spec import PackingSpec
 from tests.deviceless.codegen import capture_modules, inductor_config
 from tests.deviceless.fake_cuda import fake_cuda

@@ -29,7 +29,8 @@ from fp6_compile.backend.passes import FP6Pass
 from fp6_compile.backend.weights import forget_weights
 from fp6_compile.config import Options
 from fp6_compile.formats import get_format
-from fp6_compile.layouts.packing import GPU_LAYOUTS, lane_dtype
+from fp6_compile.layouts.gpu_tiles import GPU_LAYOUTS
+from fp6_compile.layouts.packing import lane_dtype
 from fp6_compile.report import Report, forget_reports, publish
 
 # Pointwise kernels that do not depend on each other are one launch: in attention the rotary embeddings of q and k, and the

@@ -239,9 +239,10 @@ def _add(known: dict[str, Any], new: Mapping[str, Any], where: str) -> None:
 
 
 def _dict(said: Any, key: str, where: str) -> dict[str, Any]:
-    if not isinstance(said.get(key), dict):
+    found = said.get(key)
+    if not isinstance(found, dict):
         raise CheckpointError(f"fp6: {where} has no table {key!r}")
-    return said[key]
+    return found
 
 
 def _digest(value: Any) -> str:

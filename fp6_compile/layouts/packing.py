@@ -206,4 +206,5 @@ def _unpack_tiles(w4: Tensor, w2: Tensor) -> Tensor:
     a, b = w4.unbind(2)
     last = a >> 6 | b >> 6 << 2 | w2 >> 6 << 4
     tiles = torch.stack([a & 63, b & 63, w2 & 63, last], 1)  # [N/4, 4, K/64, 64]
-    return tiles.unflatten(3, (4, 2, 8)).transpose(3, 4).flatten(2).flatten(0, 1)
+    codes: Tensor = tiles.unflatten(3, (4, 2, 8)).transpose(3, 4)  # [N/4, 4, K/64, half, lane, 8]
+    return codes.flatten(2).flatten(0, 1)

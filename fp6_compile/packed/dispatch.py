@@ -64,7 +64,8 @@ def mm(x: Tensor, weight: PackedBase) -> Tensor:
         raise RuntimeError(f"fp6: x has {has}, the weight [{scale.shape[1]}, {spec.k}] takes {spec.k}")
     if torch.is_grad_enabled() and weight.requires_grad:
         raise RuntimeError("fp6: a packed weight cannot be trained: leave requires_grad False")
-    return torch.ops.fp6.mm(x, planes, scale, spec.format, spec.layout, spec.group_size)
+    product: Tensor = torch.ops.fp6.mm(x, planes, scale, spec.format, spec.layout, spec.group_size)
+    return product
 
 
 def _implements(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -84,7 +85,8 @@ def _viewed(func: Any, args: Any, kwargs: Any, **changes: Any) -> Tensor:
     """A view of the weight args[0]; one of an ordinary tensor is an ordinary tensor in inference mode, too."""
     with torch.inference_mode(args[0].is_inference()):
         out = _same_planes(args[0], **changes)
-    return return_and_correct_aliasing(func, args, kwargs, out)
+    view: Tensor = return_and_correct_aliasing(func, args, kwargs, out)
+    return view
 
 
 def _same_planes(weight: PackedBase, **changes: Any) -> PackedBase:
@@ -104,12 +106,13 @@ def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 @_implements(aten.clone.default)
 def _clone(func: Any, args: Any, kwargs: Any) -> Tensor:
-    return args[0].map(torch.clone)
+    weight: PackedBase = args[0]
+    return weight.map(torch.clone)
 
 
 @_implements(aten._to_copy.default, aten.empty_like.default)
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
-    weight = args[0]
+    weight: PackedBase = args[0]
     device = torch.device(kwargs.get("device") or weight.device)
     dtype = kwargs.get("dtype") or weight.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -121,7 +124,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 @_implements(aten.copy_.default)
-def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
     same = isinstance(target, PackedBase) and isinstance(source, PackedBase) and target.shape == source.shape
     if not same or _meaning(target) != _meaning(source):
@@ -218,7 +221,7 @@ def _part(weight: PackedBase, rows: bool, start: int, stop: int) -> Tensor:
 
 
 @_implements(aten.mm.default)
-def _mm(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _mm(func: Any, args: Any, kwargs: Any) -> Any:
     x, weight = args
     if not isinstance(weight, PackedBase):
         # W @ x, [N, K] by [K, M]; autograd's x.grad of F.linear is the other way round.
@@ -229,7 +232,7 @@ def _mm(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 @_implements(aten.addmm.default)
-def _addmm(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _addmm(func: Any, args: Any, kwargs: Any) -> Any:
     bias, x, weight = args
     product = (
         _mm(func, (x, weight), {}) * kwargs.get("alpha", 1)
@@ -240,6 +243,6 @@ def _addmm(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 @_implements(aten.mv.default)
-def _mv(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _mv(func: Any, args: Any, kwargs: Any) -> Any:
     weight, x = args
     return _mm(func, (x.unsqueeze(0), weight.t()), {}).squeeze(0)

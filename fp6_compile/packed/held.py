@@ -114,7 +114,7 @@ class PackedBase(Tensor):
         """The weight as an ordinary tensor, of its own dtype unless another is given: value times scale, rounded once."""
         how = (self.spec.format, self.spec.layout, self.spec.group_size, self.spec.k, dtype or self.dtype)
         *planes, scale = self.tensors
-        weight = torch.ops.fp6.dequantize(planes, scale, *how)
+        weight: Tensor = torch.ops.fp6.dequantize(planes, scale, *how)
         return weight.t() if self.spec.transposed else weight
 
     def repack(self, layout: str) -> Self:

@@ -145,7 +145,8 @@ class PackedTensor(PackedBase):
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
         if id(self) not in memo:
             memo[id(self)] = _like(self, self.clone())
-        return memo[id(self)]
+        copy: PackedTensor = memo[id(self)]
+        return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _reduced(self, self.repack(PLANES))
