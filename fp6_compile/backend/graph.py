@@ -150,7 +150,7 @@ class PackedGraph:
         return choose_format(weights, [get_format(name) for name in AUTO], options.group_size, options.scale_method)
 
     def _replace(self, group: list[Candidate], planes: Planes) -> None:
-        """Each weight's readers read its rows of the dequantized planes instead."""
+        """Each weight's readers read its rows of the dequantized bit planes instead."""
         spec = planes.key.spec
         transposed, last, first = spec.transposed, self._dequantize(group[0], spec), 0
         whole = last
@@ -197,7 +197,7 @@ def _note(candidate: Candidate, group: list[Candidate]) -> str | None:
 
 
 def _can_move(candidate: Candidate) -> bool:
-    """Whether a PackedTensor's planes can lie beside others'. Changes of inference tensors could not be noticed."""
+    """Whether a PackedTensor's bit planes can lie beside others'. Changes of inference tensors could not be noticed."""
     weight, value, packed = candidate.weight, candidate.value, candidate.packed
     as_linear = candidate.orientations == [False] and packed is not None and not packed.transposed
     return as_linear and weight.mutated_by is None and not value.is_inference()

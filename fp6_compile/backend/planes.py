@@ -56,7 +56,7 @@ class Stamp(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Planes at one moment: the tensors (*planes, scale) of all rows, those of each parameter, and what they are made of."""
+    """Bit planes at one moment: (*planes, scale) of all rows, those of each parameter, and what they were made from."""
 
     tensors: tuple[Tensor, ...]
     rows: tuple[tuple[Tensor, ...], ...]
@@ -64,7 +64,7 @@ class Packing(NamedTuple):
 
 
 class Planes:
-    """A set of planes and scales: the packed weights of one or more parameters, side by side along N.
+    """A set of bit planes and scales: the packed weights of one or more parameters, side by side along N.
 
     Rows of all weights but the last must fill whole indices of the layout (packing.rows_per_index). Rows that are fresh in
     `old` are copied from there.
@@ -90,7 +90,7 @@ class Planes:
         return [stamp.owner for stamp in self.packing.stamps] == [id(parameter) for parameter in parameters]
 
     def refresh(self, parameters: Sequence[Tensor]) -> dict[str, float]:
-        """Quantize anew what has changed; seconds by name. If one is refused (NaN), all stay as they were."""
+        """Quantize anew what has changed; seconds by name. If one cannot be quantized (NaN), all stay as they were."""
         start, old = time.perf_counter(), self.packing
         stale = [n for n, s, p in zip(self.names, old.stamps, parameters, strict=True) if not s.fits(p)]
         if not stale:
@@ -167,7 +167,7 @@ def _joined(rows: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[t
 
 
 def _fill(old: Sequence[tuple[Tensor, ...]], new: Sequence[tuple[Tensor, ...]], device: torch.device) -> None:
-    """Write the rows in the place of the old ones, when no stream reads those any more."""
+    """Overwrite the old rows with the new ones, when no stream reads the old ones any more."""
     torch.cuda.synchronize(device)
     for mine, theirs in zip((t for rows in old for t in rows), (t for rows in new for t in rows), strict=True):
         if mine.data_ptr() != theirs.data_ptr():

@@ -1,18 +1,18 @@
 """Packed weights: made once per parameter, shared by every graph that reads it, and never stale.
 
-Weights that multiply the same input lie side by side in one set of planes, so that one matmul reads them all (merging.py);
-each still follows its own parameter, in its own rows. A weight that one graph has in such a set and another graph has alone,
-or in another set, is packed for each. A parameter that is packed already (a PackedTensor) is moved into the set, and has its
-own planes there from then on: it takes no more memory than before.
+Weights that multiply the same input lie side by side in one set of bit planes, so that one matmul reads them all
+(merging.py); each still follows its own parameter, in its own rows. A weight that is in such a set in one graph, and alone
+or in another set in another graph, is packed for each. A parameter that is packed already (a PackedTensor) reads its rows
+of the set from then on, and its own bit planes are freed.
 
 The parameter stays the user's own, and they may change it after compilation: `copy_`, `load_state_dict`, an optimizer step,
 `p.data = ...`, `module.weight = nn.Parameter(...)`. None of that fails a Dynamo guard, so every call asks each packed weight
 whether it still belongs to what it was made from: the same tensor, the same storage, the same version. If not, the new
-values are quantized. What a call needs to know is one object that never changes: a call that has it is right to its end,
+values are quantized. All that a call needs is in one object that never changes, so that its weights are of one moment,
 whatever other threads write meanwhile.
 
-The planes are an attribute of their parameters and live exactly as long: graphs, which Dynamo keeps, do not hold them. There
-is no weak reference to a parameter either, because `Module._apply` swaps tensors and refuses those that have one.
+The bit planes are an attribute of their parameters and live exactly as long: graphs, which Dynamo keeps, do not hold them.
+There is no weak reference to a parameter either, because `Module._apply` cannot swap tensors that have one.
 
 Some changes leave no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the `p.data += delta` of
 some LoRA merges (autograd's own check misses it, too), through NumPy, DLPack or the storage, or by a kernel that does not
@@ -50,7 +50,7 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Table:
-    """The planes of one parameter, by how and with which others it is packed, and the calls that it is the first weight of.
+    """The bit planes of one parameter, by how and with which others it is packed, and the calls whose first weight it is.
 
     Not part of the parameter where that is pickled or copied.
     """
@@ -76,13 +76,13 @@ def _table(parameter: Tensor) -> _Table:
 
 
 def planes_of(parameter: Tensor) -> list[Planes]:
-    """All planes that have rows of `parameter`."""
+    """All bit planes that have rows of `parameter`."""
     table = getattr(parameter, "_fp6_table", None)
     return list(dict.fromkeys(table.planes.values())) if isinstance(table, _Table) else []
 
 
 def packed_planes(parameters: Sequence[Tensor], key: PlanesKey, names: Sequence[str]) -> Planes:
-    """The planes of `parameters`, fresh or not: of an earlier graph (another shape, prefill and decode), or made now.
+    """The bit planes of `parameters`, fresh or not: of an earlier graph (another shape, prefill and decode), or made now.
 
     Raises ValueError if a parameter cannot be quantized.
     """
@@ -108,7 +108,7 @@ class _Call(NamedTuple):
 
 
 class WeightInputs:
-    """The sets of planes among the inputs of a compiled graph, and their parameters among Dynamo's inputs."""
+    """The sets of bit planes among the inputs of a compiled graph, and their parameters among Dynamo's inputs."""
 
     def __init__(self) -> None:
         self.keys: list[PlanesKey] = []
@@ -142,7 +142,7 @@ class WeightInputs:
         return tensors
 
     def _catch_up(self, args: Sequence[Any]) -> list[Tensor]:
-        """Dynamo runs one graph for all layers that look alike, and each has planes of its own."""
+        """Dynamo runs one graph for all layers that look alike, and each has bit planes of its own."""
         call = _Call([], [], [])
         seconds: dict[str, float] = {}
         with _lock:
@@ -185,7 +185,7 @@ register_optimizer_step_post_hook(_after_step)
 
 
 def forget_weights() -> None:
-    """Drop the planes of all parameters."""
+    """Drop the bit planes of all parameters."""
     for table in list(_tables):
         table.planes.clear()
         table.calls.clear()

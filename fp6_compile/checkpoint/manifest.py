@@ -7,8 +7,8 @@
          "weights": {"model.fc.weight": {"format": "e3m2", "group_size": 64, "shape": [128, 256], "dtype": "float16",
                                          "planes": ["w4", "w2"], "scale_dtype": "float32"}}}
 
-The packed weight "model.fc.weight" is the tensors "model.fc.weight.w4", ".w2" and ".scale", canonical planes (packing.py)
-that know nothing of a device. All others are stored as they are.
+The packed weight "model.fc.weight" is the tensors "model.fc.weight.w4", ".w2" and ".scale": canonical bit planes
+(packing.py), which are the same for all devices. All other tensors are stored as they are.
 
 `Manifest.read` checks the folder as a whole, every byte of it, before anyone loads anything.
 """

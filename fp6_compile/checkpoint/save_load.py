@@ -41,7 +41,7 @@ _SHARD_BYTES = 4 << 30
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, shard_bytes: int = _SHARD_BYTES) -> None:
-    """Write all parameters and buffers of `model` to `folder`, packed ones in canonical planes. Atomic.
+    """Write all parameters and buffers of `model` to `folder`, packed ones in canonical bit planes. Atomic.
 
     Buffers that are not persistent are written too: a model that is made on the meta device has no other source of them.
 
@@ -115,7 +115,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.devi
 
 
 def _growth(model: nn.Module, found: dict[str, Slot], manifest: Manifest) -> dict[str, Slot]:
-    """Places for what the folder has and the model could grow: factors, biases (lowrank.py)."""
+    """Slots for tensors of the folder that linears of the model can be given: factors, biases (low_rank.py)."""
     entries = manifest.plain | {alias: manifest.plain[n] for alias, n in manifest.tied.items() if n in manifest.plain}
     new = {name: entry for name, entry in entries.items() if name not in found}
     owners = lowrank.growth(model, {name: entry.shape for name, entry in new.items()})
@@ -148,7 +148,7 @@ def _line(slot: Slot) -> LinearReport:
 
 @dataclass
 class _Shard:
-    """The places of one file."""
+    """The slots of one file."""
 
     slots: list[Slot] = field(default_factory=list)
 
@@ -173,7 +173,7 @@ class _Shard:
         return found
 
     def tensors(self) -> Iterator[Tensor]:
-        """The tensors of `layout`; canonical planes exist one weight at a time."""
+        """The tensors of `layout`; canonical bit planes exist one weight at a time."""
         for slot in self.slots:
             if isinstance(slot.tensor, PackedTensor):
                 packed = slot.tensor.repack(PLANES)

@@ -43,7 +43,7 @@ _WEIGHTS = (
 
 def quantize(arguments: argparse.Namespace) -> int:
     """Pack the linears of a transformers model and save it in DST, with SRC's other files beside it. One tensor at a time:
-    the 16-bit model need not fit in memory. An MXFP6 folder of AMD Quark's is taken over as it is, exactly; FP8 and int8
+    the 16-bit model need not fit in memory. An MXFP6 folder of AMD Quark's is converted exactly; FP8 and int8
     weights with scales are dequantized first."""
     source, target = arguments.source, arguments.target
     if source.resolve() == target.resolve():

@@ -1,8 +1,8 @@
-"""What a PackedTensor can do: one function for each operator, by name. All else is an error that says the way out.
+"""What a PackedTensor can do: one function for each operator. Any other operator is an error that says the way out.
 
 A copy or a view keeps the codes; a matmul of the transposed weight is `fp6::mm`; a slice is cut out of the codes and packed
 anew, so that it is the packing of the slice (and holds on to no more memory than it needs). Composite operators, such as
-`linear`, `chunk` or `narrow`, are taken apart into these.
+`linear`, `chunk` or `narrow`, are decomposed into these.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _viewed(func: Any, args: Any, kwargs: Any, **changes: Any) -> Tensor:
 
 
 def _same_planes(weight: PackedBase, **changes: Any) -> PackedBase:
-    """Another tensor of the same planes: what is written into either is in both."""
+    """Another tensor of the same bit planes: what is written into either is in both."""
     out = weight.map(lambda t: t, **changes)
     out._held, out.is_part = weight._held, weight.is_part
     return out

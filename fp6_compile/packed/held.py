@@ -118,7 +118,7 @@ class PackedBase(Tensor):
         return weight.t() if self.spec.transposed else weight
 
     def repack(self, layout: str) -> Self:
-        """The same weight with its planes in another layout of `packing.LAYOUTS`."""
+        """The same weight with its bit planes in another layout of `packing.LAYOUTS`."""
         spec = self.spec
         if layout == spec.layout:
             return self

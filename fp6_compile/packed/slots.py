@@ -1,4 +1,4 @@
-"""Where a model's tensors are: each once, with all its names, so that what is put in its place is put everywhere."""
+"""A model's parameters and buffers: each once, with all its names, so that replacing it replaces it everywhere."""
 
 from __future__ import annotations
 

@@ -5,13 +5,13 @@
         scale [G, N] float32
 
 It is an nn.Parameter like any other: it moves, is copied, saved, tied, sliced and sharded. Linear layers of it run
-`fp6::mm`; what else it can do is in dispatch.py, and everything beyond raises an error that says so. Under torch.compile it
-is a *traceable wrapper subclass* (torch/utils/_python_dispatch.py): its planes become inputs of the graph, and the graph has
-a `fp6::mm` where the linear was, with any backend.
+`fp6::mm`; what else it can do is in dispatch.py, and everything else raises an error that says so. Under torch.compile it
+is a *traceable wrapper subclass* (torch/utils/_python_dispatch.py): its bit planes become inputs of the graph, and the graph
+has a `fp6::mm` where the linear was, with any backend.
 
-`.to(device)` repacks the planes into the layout that the device's kernel reads. `.to(dtype)` changes the dtype that the
+`.to(device)` repacks the bit planes into the layout that the device's kernel reads. `.to(dtype)` changes the dtype that the
 weight is *presented in*, which activations must have and `dequantize()` rounds to; codes and scales stay as they are, so
-that `.bfloat16().half()` loses nothing. Pickles hold canonical planes and are repacked where they are loaded.
+that `.bfloat16().half()` loses nothing. Pickles hold canonical bit planes and are repacked where they are loaded.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class PackedTensor(PackedBase):
     def from_planes(
         cls, planes: Sequence[Tensor], scale: Tensor, format: str, group_size: int | None, k: int, dtype: torch.dtype
     ) -> PackedTensor:
-        """From canonical planes, as checkpoints hold them, in the layout of their device."""
+        """From canonical bit planes, as checkpoints hold them, in the layout of their device."""
         return cls(planes, scale, PackingSpec(format, PLANES, group_size, k, dtype)).repack(
             layout_for(scale.device, dtype, get_format(format))
         )
@@ -109,7 +109,7 @@ class PackedTensor(PackedBase):
         return dispatch.mm(x, self)
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
-        """Stays without: a packed weight is a constant. nn.Parameter and load_state_dict(assign=True) ask for it unasked."""
+        """Ignored: a packed weight is a constant. nn.Parameter and load_state_dict(assign=True) call this by themselves."""
         return self
 
     def __tensor_flatten__(self) -> tuple[list[str], PackingSpec]:
@@ -163,13 +163,13 @@ class PackedTensor(PackedBase):
     data = property(_DATA.__get__, _set_data)
 
     def share_memory_(self) -> PackedTensor:
-        """Move planes and scale to memory that processes share; a no-op where they are, and on GPUs."""
+        """Move bit planes and scale to memory that processes share; a no-op where they are, and on GPUs."""
         for tensor in self.tensors:
             tensor.share_memory_()
         return self
 
     def is_shared(self) -> bool:
-        """Whether other processes share planes and scale."""
+        """Whether other processes share bit planes and scale."""
         return all(tensor.is_shared() for tensor in self.tensors)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of 8-bit weights with scales: FP8 or int8, dequantized with them as they are read, or refused.
+"""Checkpoints of 8-bit weights with scales: FP8 or int8, dequantized with them as they are read. Others are errors.
 
     X.weight             F8_E4M3, F8_E5M2 or I8  [N, K]
     X.weight_scale       what each weight is multiplied by: one scale for all, one a row, or one a block; DeepSeek and
@@ -7,7 +7,7 @@
 
 Read are quant_method "fp8" (weight_block_size; without it one scale for all or one a row), "fbgemm_fp8" (rows) and
 "compressed-tensors" (symmetric, 8 bits), and folders that say nothing of it, with one scale for all or one a row. Scales of
-activations are not used: activations stay in 16 bits. Whatever else a config.json names is refused by its name.
+activations are not used: activations stay in 16 bits. Whatever else a config.json names is an error that names it.
 """
 
 from __future__ import annotations
