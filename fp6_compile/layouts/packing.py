@@ -19,8 +19,8 @@ code 0 so that all planes end with a byte (six bits: to a multiple of 4):
     w2 [N/4, K/64,    64] uint8    C: row 2                                                row 3, from its low bits on
 
 so that the bytes of the first three rows, as they are, index a table look-up that ignores high bits. Byte 16 l + i of a
-vector belongs to input 8 l + i, byte 16 l + 8 + i to input 32 + 8 l + i (i < 8), the order that interleaving in 128-bit lanes
-undoes.
+vector belongs to input 8 l + i, byte 16 l + 8 + i to input 32 + 8 l + i (i < 8), the order that interleaving in 128-bit
+lanes undoes.
 """
 
 from __future__ import annotations

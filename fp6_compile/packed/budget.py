@@ -2,13 +2,14 @@
 
 The model's error is assumed to be the sum of the errors of its weights, each times the weight's sensitivity: the
 second-order model of HAWQ-V2 (arXiv 1911.03852, section 3). One choice per weight under a sum of sizes is a knapsack. Its
-Lagrangian relaxation (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 36 (9),
-1988) is solved by walking: from the smallest choices, always the step along a weight's convex hull that saves most error
-per bit.
+Lagrangian relaxation (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 36
+(9), 1988) is solved step by step: from the smallest choices on, always the step along a weight's convex hull that saves most
+error per bit.
 
 Errors are relative: the squared error of a weight over its squares, which is about that of the layer's output. How much the
 model suffers from one can be measured (`fp6_compile.sensitivities`). If it was not, it is assumed to be the number of
-weights times their root mean square: the geometric mean of "all relative errors are alike" and "all absolute errors are" (LOG.md).
+weights times their root mean square: the geometric mean of "all relative errors are alike" and "all absolute errors are"
+(LOG.md).
 """
 
 from __future__ import annotations
