@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Calibrate in this process."""
     config = SIZES[arguments.size]
     torch.set_default_dtype(torch.bfloat16)
-    with fp6_compile.empty_parameters():
+    with fp6_compile.init_empty_weights():
         model = CodeLM(config)
     torch.set_default_dtype(torch.float32)
     generator = torch.Generator().manual_seed(0)

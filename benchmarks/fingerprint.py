@@ -80,11 +80,18 @@ def outputs() -> Iterator[tuple[str, str]]:
         xs = [torch.randn(*shape, 256).to(dtype) for shape in ((1, 1), (2, 9), (1, 130))]
         for format, group_size, scale in _SETTINGS:
             key = f"outputs {dtype} {format} {group_size}"
-            options: dict[str, Any] = {"format": format, "group_size": group_size, "scale": scale, "float32": True}
+            options: dict[str, Any] = {
+                "format": format,
+                "group_size": group_size,
+                "scale_method": scale,
+                "include_float32": True,
+            }
             torch._dynamo.reset()
             compiled = torch.compile(_model(dtype), backend="fp6", options=options)
             packed = _model(dtype)
-            fp6_compile.quantize_(packed, format=format, group_size=group_size, scale=scale, float32=True)
+            fp6_compile.quantize_(
+                packed, format=format, group_size=group_size, scale_method=scale, include_float32=True
+            )
             with torch.no_grad():
                 yield f"{key} compiled", _hash([compiled(x) for x in xs])
                 yield f"{key} packed", _hash([packed(x) for x in xs])
@@ -96,7 +103,7 @@ def checkpoints() -> Iterator[tuple[str, str]]:
     """Files that are saved, and the model that they are loaded into."""
     for format, group_size, scale in _SETTINGS:
         model, empty = _model(torch.bfloat16), _model(torch.bfloat16).to("meta")
-        fp6_compile.quantize_(model, format=format, group_size=group_size, scale=scale)
+        fp6_compile.quantize_(model, format=format, group_size=group_size, scale_method=scale)
         with tempfile.TemporaryDirectory() as folder:
             fp6_compile.save(model, folder, shard_bytes=300_000)
             for path in sorted(Path(folder).iterdir()):
@@ -112,7 +119,7 @@ def calibration() -> Iterator[tuple[str, str]]:
     inputs = [torch.randn(2, 16, 256) for _ in range(3)]
     for algorithm in (RTN(), Clip(), Weighted(), GPTQ(), LoRC(GPTQ()), BiasCorrection(), LearnedRounding(steps=20)):
         model = _model(torch.float32)
-        fp6_compile.calibrate_(model, inputs, algorithm=algorithm, group_size=64, float32=True)
+        fp6_compile.calibrate_(model, inputs, algorithm=algorithm, group_size=64, include_float32=True)
         values = [p.dequantize() if isinstance(p, PackedTensor) else p for p in model.parameters()]
         yield f"calibration {algorithm!r}", _hash(values)
 

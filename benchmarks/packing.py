@@ -101,7 +101,7 @@ def step(name: str, folder: Path, blocks: int, tokens: int) -> tuple[nn.Module, 
         model = make(blocks, tokens)
         fp6_compile.quantize_(model)
         return model, lambda: fp6_compile.save(model, packed)
-    with fp6_compile.empty_parameters():
+    with fp6_compile.init_empty_weights():
         model = make(blocks, tokens)
     if name == "stream":
         return model, lambda: fp6_compile.quantize_(model, source=source)

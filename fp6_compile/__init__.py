@@ -26,19 +26,25 @@ Triton nor Inductor; a public name is imported when it is first used.
 
 from __future__ import annotations
 
+import sys
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 if TYPE_CHECKING:
-    from fp6_compile.backend.weights import refresh
+    from fp6_compile.backend.weights import mark_weights_changed
     from fp6_compile.calibration.run import calibrate_
     from fp6_compile.calibration.sensitivity import sensitivities
     from fp6_compile.checkpoint.manifest import CheckpointError
-    from fp6_compile.checkpoint.mx import load_mx
+    from fp6_compile.checkpoint.mx import load_quark_mxfp6
     from fp6_compile.checkpoint.save_load import load, save
+    from fp6_compile.config import QuantConfig
     from fp6_compile.explanation import Explanation, explain
     from fp6_compile.packed.quantize_model import quantize_
-    from fp6_compile.packed.slots import empty_parameters
+    from fp6_compile.packed.slots import init_empty_weights
     from fp6_compile.packed.tensor import PackedTensor
     from fp6_compile.report import LinearReport, Refresh, Report, last_refresh, last_report, reports
 
@@ -47,20 +53,27 @@ _PUBLIC = {
     "Explanation": "explanation",
     "LinearReport": "report",
     "PackedTensor": "packed.tensor",
+    "QuantConfig": "config",
     "Refresh": "report",
     "Report": "report",
     "calibrate_": "calibration.run",
-    "empty_parameters": "packed.slots",
     "explain": "explanation",
+    "init_empty_weights": "packed.slots",
     "last_refresh": "report",
     "last_report": "report",
     "load": "checkpoint.save_load",
-    "load_mx": "checkpoint.mx",
+    "load_quark_mxfp6": "checkpoint.mx",
+    "mark_weights_changed": "backend.weights",
     "quantize_": "packed.quantize_model",
-    "refresh": "backend.weights",
     "reports": "report",
     "save": "checkpoint.save_load",
     "sensitivities": "calibration.sensitivity",
+}
+# Names of version 0.1. They go with the next version.
+_DEPRECATED = {
+    "empty_parameters": "init_empty_weights",
+    "load_mx": "load_quark_mxfp6",
+    "refresh": "mark_weights_changed",
 }
 
 __all__ = [
@@ -68,17 +81,18 @@ __all__ = [
     "Explanation",
     "LinearReport",
     "PackedTensor",
+    "QuantConfig",
     "Refresh",
     "Report",
     "calibrate_",
-    "empty_parameters",
     "explain",
+    "init_empty_weights",
     "last_refresh",
     "last_report",
     "load",
-    "load_mx",
+    "load_quark_mxfp6",
+    "mark_weights_changed",
     "quantize_",
-    "refresh",
     "reports",
     "save",
     "sensitivities",
@@ -87,11 +101,26 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name in _DEPRECATED:
+        new = _DEPRECATED[name]
+        warnings.warn(f"fp6_compile.{name} is called {new} now", DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[__name__], new)
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _unpickle(*parts: Any) -> Tensor:
+    from fp6_compile.packed.tensor import _rebuild
+
+    return _rebuild(*parts)
+
+
+# Importing this package is enough for torch.load(weights_only=True). The second name is that of pickles of version 0.1.
+_PICKLED = ("fp6_compile.packed.tensor._rebuild", "fp6_compile.tensor._rebuild")
+torch.serialization.add_safe_globals([(_unpickle, name) for name in _PICKLED])
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""What was taken, what was left alone and why: for people, for logging and for tests.
+"""Which linears were quantized, which were skipped and why: for people, for logging and for tests.
 
 One `Report` per compiled graph. A model with graph breaks has several, and a new input shape may compile one more;
 `reports()` has the newest thousand since the last torch._dynamo.reset(), `last_report()` the newest.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,12 +20,17 @@ log = logging.getLogger("fp6_compile")
 Item = TypeVar("Item")
 
 
+def _renamed(old: str, new: str, value: Item) -> Item:
+    warnings.warn(f"fp6: {old} is called {new} now", DeprecationWarning, stacklevel=3)
+    return value
+
+
 @dataclass(frozen=True)
 class LinearReport:
     """One weight that matmuls of the graph read.
 
-    `shape` is [N, K], outputs by inputs. `reason` says why it was left alone, and is None when it was taken; `note` is what
-    else there is to know of one that was, and `format` its own. Bytes are what a matmul reads for it, scales included.
+    `shape` is [N, K], outputs by inputs. `reason` says why it was skipped, and is None when it was quantized; `note` is what
+    else there is to know of a quantized one, and `format` is its format. Bytes are what a matmul reads, scales included.
     """
 
     name: str
@@ -41,6 +47,11 @@ class LinearReport:
         """Whether the linear runs in packed bits."""
         return self.reason is None
 
+    @property
+    def taken(self) -> bool:
+        """Deprecated: `quantized`."""
+        return _renamed("LinearReport.taken", "quantized", self.quantized)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -51,7 +62,7 @@ class Report:
 
     @property
     def quantized(self) -> list[LinearReport]:
-        """The linears that run in six bits."""
+        """The linears that run in packed bits."""
         return [linear for linear in self.linears if linear.quantized]
 
     @property
@@ -60,17 +71,27 @@ class Report:
         return [linear for linear in self.linears if not linear.quantized]
 
     @property
+    def taken(self) -> list[LinearReport]:
+        """Deprecated: `quantized`."""
+        return _renamed("Report.taken", "quantized", self.quantized)
+
+    @property
+    def refused(self) -> list[LinearReport]:
+        """Deprecated: `skipped`."""
+        return _renamed("Report.refused", "skipped", self.skipped)
+
+    @property
     def bytes_before(self) -> int:
         """Bytes of all the linears' weights as they were."""
         return sum(linear.bytes_before for linear in self.linears)
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of all the linears' weights as they are read now, the refused ones unchanged."""
+        """Bytes of all the linears' weights as they are read now, those of skipped ones unchanged."""
         return sum(linear.bytes_after for linear in self.linears)
 
     def summary(self) -> str:
-        """One line: how many were taken, the commonest reason why others were not, bytes before and after."""
+        """One line: how many were quantized, the commonest reason why others were not, bytes before and after."""
         line = f"fp6: {len(self.quantized)} of {len(self.linears)} linears in {self.format}"
         if self.format == "auto":
             formats = Counter(linear.format for linear in self.quantized)
@@ -116,7 +137,7 @@ def publish(report: Report) -> None:
 
 
 def log_report(report: Report) -> None:
-    """Log a report; louder when nothing at all was taken, because then the user got nothing."""
+    """Log a report; as a warning when nothing was quantized, because then the user got nothing."""
     log.info("%s", report.summary())
     log.debug("%s", report)
     if report.linears and not report.quantized:
@@ -167,7 +188,8 @@ def progress(items: Sequence[Item], title: str) -> Iterable[Item]:
         from tqdm import tqdm
     except ImportError:
         return items
-    return tqdm(items, desc=title, delay=2, leave=False)
+    bar: Iterable[Item] = tqdm(items, desc=title, delay=2, leave=False)
+    return bar
 
 
 def forget_reports() -> None:

@@ -98,18 +98,21 @@ def test_mode_reaches_inductor(monkeypatch):
     assert seen["epilogue_fusion"] is False
 
 
-KNOWN = r"\['format', 'group_size', 'scale', 'skip', 'min_features', 'float32', 'strict', 'mode', 'inductor'\]"
+KNOWN = r"\['format', 'group_size', 'scale_method', 'skip', 'filter_fn', .*, 'strict', 'mode', 'inductor'\]"
 BAD_OPTIONS = {
     "unknown": ({"fromat": "e2m3"}, f"fp6: unknown option 'fromat', known options are {KNOWN}"),
     "format": ({"format": "e9m9"}, "fp6: option 'format' got 'e9m9', needs 'auto' or one of"),
     "format type": ({"format": 6}, r"fp6: option 'format' got 6, needs 'auto' or one of"),
     "group_size": ({"group_size": -64}, "fp6: option 'group_size' got -64, needs a positive integer or None"),
     "group_size bool": ({"group_size": True}, "fp6: option 'group_size' got True, needs a positive integer or None"),
-    "scale": ({"scale": "max"}, r"fp6: option 'scale' got 'max', needs one of \['absmax', 'mse'\]"),
+    "scale_method": (
+        {"scale_method": "max"},
+        r"fp6: option 'scale_method' got 'max', needs one of \['absmax', 'mse'\]",
+    ),
     "skip": ({"skip": "lm_head"}, "fp6: option 'skip' got 'lm_head', needs a list of module-name globs"),
     "skip items": ({"skip": [1]}, r"fp6: option 'skip' got \[1\], needs a list of module-name globs"),
     "min_features": ({"min_features": 0}, "fp6: option 'min_features' got 0, needs a positive integer"),
-    "float32": ({"float32": 1}, "fp6: option 'float32' got 1, needs True or False"),
+    "include_float32": ({"include_float32": 1}, "fp6: option 'include_float32' got 1, needs True or False"),
     "strict": ({"strict": "yes"}, "fp6: option 'strict' got 'yes', needs True or False"),
     "mode": ({"mode": "fast"}, "fp6: option 'mode': .*mode=fast, should be one of: default, .*reduce-overhead"),
     "mode beside inductor": (
@@ -159,7 +162,7 @@ def test_mode_twice():
         Options.parse("default", {"mode": "max-autotune"})
 
 
-@pytest.mark.parametrize("options", [{"format": "e3m2"}, {"group_size": 64}, {"scale": "mse", "group_size": 32}])
+@pytest.mark.parametrize("options", [{"format": "e3m2"}, {"group_size": 64}, {"scale_method": "mse", "group_size": 32}])
 def test_options_change_the_result(options, captured):
     from fp6_compile.formats import DEFAULT, FORMATS
     from fp6_compile.quantize import dequantize, quantize
@@ -167,7 +170,7 @@ def test_options_change_the_result(options, captured):
     model, x = _model()
     actual = torch.compile(model, backend="fp6", options=options)(x)
     fmt, size = FORMATS[options.get("format", DEFAULT)], options.get("group_size")
-    codes, scale = quantize(model.weight, fmt, size, options.get("scale", "absmax"))
+    codes, scale = quantize(model.weight, fmt, size, options.get("scale_method", "absmax"))
     weight = dequantize(codes, scale, fmt, size, torch.float16)
     close(actual, nn.functional.linear(x, weight, model.bias))
 
@@ -197,7 +200,7 @@ def test_float16_and_bfloat16_and_autocast(captured):
         close(torch.compile(model, backend="fp6")(x), dequantized_(model, ["weight"])(x))
     model, x = nn.Linear(K, N).requires_grad_(False), torch.randn(3, K)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = torch.compile(model, backend="fp6", options={"float32": True})(x)
+        actual = torch.compile(model, backend="fp6", options={"include_float32": True})(x)
         assert actual.dtype == torch.bfloat16
         assert "fp6.mm" in captured.targets()
         close(actual, dequantized_(model, ["weight"])(x))

@@ -11,7 +11,8 @@ from benchmarks.linear import __main__ as linear
 from benchmarks.linear import bench, simulate
 from benchmarks.linear.shapes import get_shape
 from fp6_compile.formats import FORMATS
-from fp6_compile.layouts.packing import GPU_LAYOUTS, pack
+from fp6_compile.layouts.gpu_tiles import GPU_LAYOUTS
+from fp6_compile.layouts.packing import pack
 
 
 def predicted(m, shape="28672x8192", assumed=simulate.ASSUMED, dtype="fp16", group=None):

@@ -110,7 +110,7 @@ def test_sensitivities_of_a_sum_are_its_terms():
         errors = {n: (m.weight - before[n]).square().sum() / before[n].square().sum() for n, m in model.items()}
         return 11.0 + sum(factors[name] * float(error) for name, error in errors.items())
 
-    found = sensitivities(model, loss, skip=["skipped"], float32=True)
+    found = sensitivities(model, loss, skip=["skipped"], include_float32=True)
     assert found == {"a": pytest.approx(3.0, rel=1e-4), "b": pytest.approx(0.5, rel=1e-4)}
     assert all(torch.equal(model[name].weight, weight) for name, weight in before.items())
     calls = []
@@ -122,5 +122,5 @@ def test_sensitivities_of_a_sum_are_its_terms():
         return 0.0
 
     with pytest.raises(RuntimeError, match="no more"):
-        sensitivities(model, fails, float32=True)
+        sensitivities(model, fails, include_float32=True)
     assert all(torch.equal(model[name].weight, weight) for name, weight in before.items())

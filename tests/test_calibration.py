@@ -167,7 +167,7 @@ class Detour(Tower):
 BAD = {
     "empty": (Tower, {"inputs": []}, "inputs: got none, needs at least one input of the model"),
     "a number": (Tower, {"inputs": [3]}, "inputs: got a int, needs tensors, tuples of arguments or mappings"),
-    "format": (Tower, {"format": "e9m9"}, "format: got 'e9m9', known formats are"),
+    "format": (Tower, {"format": "e9m9"}, "option 'format' got 'e9m9', needs 'auto' or one of"),
     "group_size": (Tower, {"group_size": 0}, "option 'group_size' got 0"),
     "blocks": (
         Tower,
@@ -477,7 +477,7 @@ def test_from_a_folder_block_by_block(tmp_path):
     expected, original = _tower(), _tower()
     safetensors.save_file(original.state_dict(), tmp_path / "model.safetensors")
     calibrate_(expected, INPUTS, algorithm=GPTQ())
-    with fp6_compile.empty_parameters():
+    with fp6_compile.init_empty_weights():
         model = Tower().half()
     present = []
 

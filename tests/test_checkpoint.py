@@ -204,7 +204,7 @@ def test_no_such_device(device, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         fp6_compile.load(model, folder, device=device)
     with pytest.raises(ValueError, match=message):
-        fp6_compile.load_mx(model, folder, device=device)
+        fp6_compile.load_quark_mxfp6(model, folder, device=device)
     assert _state(model) == before
     full = nn.Sequential(nn.Linear(128, 128)).half()
     before = _state(full)

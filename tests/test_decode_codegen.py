@@ -15,8 +15,9 @@ from examples.code_lm.model import KVCache
 from fp6_compile import PackedTensor
 from fp6_compile.explanation.trace.launches import launches
 from fp6_compile.formats import get_format
-from fp6_compile.layouts.packing import BLOCK_K, GPU_LAYOUTS, ROWS, pack
-from fp6_compile.packed.tensor import Spec
+from fp6_compile.layouts.gpu_tiles import BLOCK_K, GPU_LAYOUTS, ROWS
+from fp6_compile.layouts.packing import pack
+from fp6_compile.layouts.spec import PackingSpec
 from tests.deviceless.codegen import capture_modules, inductor_config
 from tests.deviceless.fake_cuda import fake_cuda
 from tests.deviceless.fake_tensors import place
@@ -31,7 +32,7 @@ def _packed(n, k, mode):
     block = pack(torch.zeros(ROWS, BLOCK_K, dtype=torch.uint8), get_format("e3m2"), GPU_LAYOUTS[BF16])
     planes = [plane.new_empty(n // ROWS, k // BLOCK_K, *plane.shape[2:]) for plane in block]
     tensors = [place(tensor, mode) for tensor in (*planes, torch.empty(1, n))]
-    return PackedTensor(tensors[:-1], tensors[-1], Spec("e3m2", GPU_LAYOUTS[BF16], None, k, BF16))
+    return PackedTensor(tensors[:-1], tensors[-1], PackingSpec("e3m2", GPU_LAYOUTS[BF16], None, k, BF16))
 
 
 def _model(mode):

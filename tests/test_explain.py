@@ -231,7 +231,7 @@ def test_packed_and_empty_models():
     ]
     assert len(found.launches) == 3
     assert type(packed.up.weight) is fp6_compile.PackedTensor
-    with fp6_compile.empty_parameters():
+    with fp6_compile.init_empty_weights():
         empty = SwiGLU(DIM, 256).bfloat16().requires_grad_(False)
     unknown = fp6_compile.explain(empty, _x(), device="H200")
     assert [x.sqnr_text for x in unknown.linears] == ["unknown"] * 3

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fp6_compile
-from fp6_compile import CheckpointError, empty_parameters, quantize_
+from fp6_compile import CheckpointError, init_empty_weights, quantize_
 from fp6_compile.storage.files import JSON_LIMIT, member, parse_json, read_json, short
 from tests.support.checkpoints import sign
 
@@ -139,7 +139,7 @@ def test_json_is_bounded(tmp_path):
 
 
 def _model() -> nn.Linear:
-    with empty_parameters():
+    with init_empty_weights():
         return nn.Linear(128, 128).half()
 
 

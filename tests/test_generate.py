@@ -85,7 +85,7 @@ def _generate(model, tokens, steps=STEPS, **how):
 
 
 def _compile_config():
-    config = transformers.CompileConfig(backend="fp6", mode=None, options={"float32": True})
+    config = transformers.CompileConfig(backend="fp6", mode=None, options={"include_float32": True})
     config._compile_all_devices = True  # generate() compiles only on a GPU, unless its own tests ask
     return config
 
@@ -144,7 +144,7 @@ def test_packed_model(name, captured):
     """After quantize_ the prompt and the encoder run in six bits, too; what is tied to an embedding is taken by the step."""
     make, linears, merged = MODELS[name]
     model, tokens = _random(make), torch.randint(3, VOCABULARY, (1, 8))
-    plain, packed = copy.deepcopy(model), fp6_compile.quantize_(model, float32=True)
+    plain, packed = copy.deepcopy(model), fp6_compile.quantize_(model, include_float32=True)
     actual = _generate(model, tokens, 32, compile_config=_compile_config())
     report = fp6_compile.last_report()
     assert len(report.quantized) == len(report.linears) == linears, str(report)
@@ -160,7 +160,7 @@ def test_encoder(captured):
     """An encoder is compiled by itself: every length of text is one graph."""
     model = _random(_bart)
     encoder = model.get_encoder()
-    encoder.compile(backend="fp6", dynamic=True, options={"float32": True})
+    encoder.compile(backend="fp6", dynamic=True, options={"include_float32": True})
     for length in (8, 13):
         tokens = torch.randint(3, VOCABULARY, (1, length))
         actual = encoder(tokens).last_hidden_state

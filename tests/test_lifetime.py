@@ -132,7 +132,7 @@ OPTIMIZERS = {
 def test_optimizer_step_is_noticed(make, captured):
     """Fused ones change values and no version."""
     model, x = nn.Linear(256, 128, bias=False), torch.randn(4, 256)
-    compiled = torch.compile(model, backend="fp6", options={"float32": True})
+    compiled = torch.compile(model, backend="fp6", options={"include_float32": True})
     optimizer = make(model.parameters())
     with torch.no_grad():
         compiled(x)
@@ -146,7 +146,7 @@ def test_optimizer_step_is_noticed(make, captured):
 
 def test_step_without_a_gradient_refreshes_nothing(captured):
     model, x = nn.Linear(256, 128, bias=False), torch.randn(4, 256)
-    compiled = torch.compile(model, backend="fp6", options={"float32": True})
+    compiled = torch.compile(model, backend="fp6", options={"include_float32": True})
     with torch.no_grad():
         compiled(x)
         torch.optim.SGD(model.parameters(), lr=0.5).step()

@@ -192,9 +192,9 @@ def test_skipped_requires_grad(captured):
 
 def test_skipped_float32_unless_asked(captured):
     model, x = nn.Linear(K, N), torch.randn(2, K)
-    assert _refused(model, x, captured) == "float32 weight, and options={'float32': True} was not given"
+    assert _refused(model, x, captured) == "float32 weight, and include_float32=True was not given"
     with torch.no_grad():
-        actual = torch.compile(model, backend="fp6", options={"float32": True})(x)
+        actual = torch.compile(model, backend="fp6", options={"include_float32": True})(x)
         close(actual, dequantized_(model, ["weight"])(x), roundings=32)
     assert fp6_compile.last_report().linears[0].quantized
 
@@ -341,7 +341,7 @@ def test_called_in_inference_mode(captured):
 
 def test_strict_raises_for_what_cannot_be_quantized(captured):
     model, x = nn.Linear(K, N), torch.randn(2, K)
-    with torch.no_grad(), pytest.raises(Exception, match="fp6: strict: cannot take .*: float32 weight"):
+    with torch.no_grad(), pytest.raises(Exception, match="fp6: strict: cannot quantize .*: float32 weight"):
         torch.compile(model, backend="fp6", options={"strict": True})(x)
 
 

@@ -86,7 +86,7 @@ CHANGES = {
     "load_state_dict": lambda model: model.load_state_dict(_model().state_dict()),
     "load_state_dict, assign": lambda model: model.load_state_dict(_model().state_dict(), assign=True),
     "new parameter": _new,
-    "refresh": lambda model: fp6_compile.refresh(model),
+    "refresh": lambda model: fp6_compile.mark_weights_changed(model),
 }
 
 

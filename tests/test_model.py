@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fp6_compile import PackedTensor, empty_parameters, quantize_
+from fp6_compile import PackedTensor, init_empty_weights, quantize_
 from fp6_compile.formats import get_format
 from tests.support.models import Tower
 from tests.support.references import close, dequantized_
@@ -54,7 +54,7 @@ def test_report_has_true_bytes():
 
 def test_options_are_the_backends():
     model = _tower()
-    report = quantize_(model, format="e2m3", group_size=32, scale="mse", skip=["fir*", "x"], min_features=4)
+    report = quantize_(model, format="e2m3", group_size=32, scale_method="mse", skip=["fir*", "x"], min_features=4)
     assert [line.name for line in report.quantized] == ["gate"]
     assert {line.name: line.reason for line in report.linears}["first"] == "skipped by 'fir*'"
     expected = PackedTensor.quantize(_tower().gate.weight, "e2m3", 32, "mse")
@@ -73,7 +73,7 @@ def test_second_time_changes_nothing():
 def test_float32_is_asked_for():
     model = _tower(torch.float32)
     assert not quantize_(model).quantized
-    assert [line.name for line in quantize_(model, float32=True).quantized] == ["first"]
+    assert [line.name for line in quantize_(model, include_float32=True).quantized] == ["first"]
     assert model.first.weight.dtype == torch.float32
 
 
@@ -89,15 +89,15 @@ def test_nan_weight_is_left_and_reported():
 BAD = {
     "format": ({"format": "e9m9"}, "option 'format' got 'e9m9', needs 'auto' or one of"),
     "group_size": ({"group_size": 0}, "option 'group_size' got 0, needs a positive integer or None"),
-    "scale": ({"scale": "max"}, "option 'scale' got 'max'"),
+    "scale_method": ({"scale_method": "max"}, "option 'scale_method' got 'max'"),
     "skip": ({"skip": "lm_head"}, "option 'skip' got 'lm_head', needs a list"),
     "strict": (
         {"strict": True, "skip": ["experts", "odd"]},
-        r"strict: cannot pack head: shared with embed \(Embedding\)",
+        r"strict: cannot quantize head: shared with embed \(Embedding\)",
     ),
     "strict, odd": (
         {"strict": True, "skip": ["head", "embed", "experts"]},
-        "strict: cannot pack odd: of Odd, which is no",
+        "strict: cannot quantize odd: of Odd, which is no",
     ),
 }
 
@@ -115,7 +115,7 @@ def test_refusal_leaves_the_model_as_it_was(what):
 def test_strict_looks_for_nan_before_it_packs():
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)).half()
     model[1].weight.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="strict: cannot pack 1: NaN or infinite values"):
+    with pytest.raises(ValueError, match="strict: cannot quantize 1: NaN or infinite values"):
         quantize_(model, strict=True)
     assert not isinstance(model[0].weight, PackedTensor)
 
@@ -134,7 +134,7 @@ def _write_source(model: nn.Module, folder, shards: int = 2) -> None:
 def test_from_a_source_with_parameters_on_the_meta_device(tmp_path):
     original = _tower()
     _write_source(original, tmp_path)
-    with empty_parameters():
+    with init_empty_weights():
         model = Tower().half()
     assert model.first.weight.is_meta
     assert model.second.weight is model.first.weight
@@ -151,7 +151,7 @@ def test_from_a_source_with_parameters_on_the_meta_device(tmp_path):
 def test_source_is_quantized_as_it_is_and_presented_in_the_models_dtype(tmp_path):
     layer = nn.Linear(256, 128)
     safetensors.save_file(layer.state_dict(), tmp_path / "model.safetensors")
-    with empty_parameters():
+    with init_empty_weights():
         model = nn.Linear(256, 128).bfloat16()
     quantize_(model, source=tmp_path)
     expected = PackedTensor.quantize(layer.weight, dtype=torch.bfloat16)
@@ -206,7 +206,7 @@ SOURCES = {
 def test_bad_source_leaves_the_model_as_it_was(what, tmp_path):
     prepare, error, message = SOURCES[what]
     prepare(tmp_path)
-    with empty_parameters():
+    with init_empty_weights():
         model = nn.Linear(256, 128).half()
     with pytest.raises(error, match=message):
         quantize_(model, source=tmp_path)
@@ -217,7 +217,7 @@ def test_meta_device_without_a_source():
     with torch.device("meta"):
         model = nn.Linear(256, 128).half()
     with pytest.raises(
-        ValueError, match=r"2 tensors .* on the meta device: give source=.*empty_parameters\(\).*: weight, bias"
+        ValueError, match=r"2 tensors .* on the meta device: give source=.*init_empty_weights\(\).*: weight, bias"
     ):
         quantize_(model)
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fp6_compile
-from fp6_compile import PackedTensor, empty_parameters, load_mx
+from fp6_compile import PackedTensor, init_empty_weights, load_quark_mxfp6
 from fp6_compile.checkpoint.mx import e8m0, packed_tensor, unpack_codes
 from fp6_compile.formats import FORMATS
 from tests.support.checkpoints import mx_bytes
@@ -50,7 +50,7 @@ LAYERS = {"0": "e3m2", "2": "e2m3"}
 
 
 def _model() -> nn.Module:
-    with empty_parameters():
+    with init_empty_weights():
         return nn.Sequential(nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 64, bias=False), nn.Linear(64, 8)).half()
 
 
@@ -86,7 +86,7 @@ def _write(folder, tensors, **changes) -> None:
 def test_import_is_exact(tmp_path):
     tensors, values = _checkpoint(tmp_path)
     model = _model()
-    report = load_mx(model, tmp_path)
+    report = load_quark_mxfp6(model, tmp_path)
     assert {line.name: line.shape for line in report.quantized} == {"0": (128, 256), "2": (64, 128)}
     for name, value in values.items():
         weight = model.get_parameter(name)
@@ -140,7 +140,7 @@ def test_refused_before_anything_is_changed(what, tmp_path):
     change(tmp_path, tensors)
     model = _model()
     with pytest.raises(ValueError, match=message):
-        load_mx(model, tmp_path)
+        load_quark_mxfp6(model, tmp_path)
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
@@ -150,5 +150,5 @@ def test_packed_weights_are_floats(tmp_path):
     with pytest.raises(
         ValueError, match="0.weight is torch.float64 in the model, MX needs one of torch.float16, torch.bf"
     ):
-        load_mx(model, tmp_path)
+        load_quark_mxfp6(model, tmp_path)
     assert all(parameter.is_meta for parameter in model.parameters())

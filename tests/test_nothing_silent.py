@@ -83,7 +83,7 @@ def test_cross_attention_keeps_its_common_weight_with_a_reason(captured):
         assert lines["out_proj"].quantized
         assert lines["in_proj_weight"].reason.startswith("multiplied only through ")
         torch._dynamo.reset()
-        with pytest.raises(Exception, match="fp6: strict: cannot take in_proj_weight: multiplied only through"):
+        with pytest.raises(Exception, match="fp6: strict: cannot quantize in_proj_weight: multiplied only through"):
             torch.compile(model, backend="fp6", options={"strict": True})(x, y, y)
 
 
@@ -168,7 +168,7 @@ def test_what_matmuls_read_is_named(name, captured):
     function, shapes, expected = HIDDEN[name]
     model, x = Form(function, *shapes), torch.randn(4, N)
     with torch.no_grad():
-        actual = torch.compile(model, backend="fp6", options={"float32": True, "min_features": 1})(x)
+        actual = torch.compile(model, backend="fp6", options={"include_float32": True, "min_features": 1})(x)
         if None not in expected:
             torch.testing.assert_close(actual, model(x), rtol=2e-2, atol=2e-2)
     reasons = {name: linear.reason for name, linear in _lines().items()}
@@ -205,7 +205,7 @@ def test_parametrized_weights_are_named(wrap, captured):
         names = {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
         assert set(_lines()) == names
         torch._dynamo.reset()
-        with pytest.raises(Exception, match="fp6: strict: cannot take parametrizations.weight.original"):
+        with pytest.raises(Exception, match="fp6: strict: cannot quantize parametrizations.weight.original"):
             torch.compile(model, backend="fp6", options={"strict": True, "min_features": 1})(x)
 
 
@@ -239,7 +239,7 @@ def test_a_parameter_that_is_negated_in_memory(captured):
     model, x = nn.Linear(N, N, bias=False), torch.randn(2, N)
     model.weight = nn.Parameter(torch._neg_view(torch.randn(N, N)))
     with torch.no_grad():
-        actual = torch.compile(model, backend="fp6", options={"float32": True, "strict": True})(x)
+        actual = torch.compile(model, backend="fp6", options={"include_float32": True, "strict": True})(x)
         close(actual, dequantized_(model, ["weight"])(x), roundings=32)
 
 

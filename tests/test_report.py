@@ -42,8 +42,8 @@ def test_report(captured):
     assert (head.reason, gate.reason) == ("skipped by 'head'", "fewer than 128 inputs or outputs (min_features)")
     assert report.bytes_before == sum(2 * n * k for n, k in ((512, 256), (1024, 512), (4, 512)))
     assert report.bytes_after == report.bytes_before - body.bytes_before + body.bytes_after
-    assert counters["fp6"]["linears_taken"] == 1
-    assert counters["fp6"]["linears_refused"] == 2
+    assert counters["fp6"]["linears_quantized"] == 1
+    assert counters["fp6"]["linears_skipped"] == 2
     assert fp6_compile.reports() == [report]
 
 

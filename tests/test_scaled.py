@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fp6_compile import PackedTensor, calibrate_, empty_parameters, quantize_
+from fp6_compile import PackedTensor, calibrate_, init_empty_weights, quantize_
 from fp6_compile.storage.scaled import stored
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
@@ -15,7 +15,7 @@ N, K = 200, 320  # no multiples of the blocks
 
 
 def _model(dtype=torch.float16) -> nn.Linear:
-    with empty_parameters():
+    with init_empty_weights():
         return nn.Linear(K, N).to(dtype)
 
 
@@ -109,7 +109,7 @@ def _said(config):
 BAD = {
     "gptq": (_said({"quant_method": "gptq", "bits": 4}),
         "by quant_method 'gptq'; read are 'fp8', 'fbgemm_fp8' and 'compressed-tensors'; save the model in 16 bits"),
-    "quark": (_said({"quant_method": "quark"}), "'quark'; .*: fp6_compile.load_mx reads it"),
+    "quark": (_said({"quant_method": "quark"}), "'quark'; .*: fp6_compile.load_quark_mxfp6 reads it"),
     "no method": (_said({"bits": 4}), "quantized by quant_method 'None'"),
     "method is a list": (_said({"quant_method": ["fp8"]}), r"quant_method \"\['fp8'\]\""),
     "config is a list": (_said([1]), "quantization_config is no table"),
@@ -164,7 +164,7 @@ def test_a_block_of_two_meanings_is_refused(tmp_path):
         "weights": {**config["config_groups"]["group_0"]["weights"], "group_size": 96}
     }
     _write(tmp_path, _scales(N, 2), weight=torch.ones(N, 100).to(torch.float8_e4m3fn), config=config)
-    with empty_parameters():
+    with init_empty_weights():
         model = nn.Linear(100, N).half()
     with pytest.raises(ValueError, match=r"in blocks of \[1, 64\] or \[1, 96\]"):
         quantize_(model, source=tmp_path)

@@ -12,6 +12,7 @@ from fp6_compile.formats import FORMATS
 from fp6_compile.kernels.selection import choices as device
 from fp6_compile.kernels.selection import selftest
 from fp6_compile.layouts.packing import gpu_layout, unpack
+from fp6_compile.layouts.spec import PackingSpec
 
 E3M2, F16 = FORMATS["e3m2"], torch.float16
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -89,8 +90,8 @@ def test_nothing_is_launched_while_a_graph_is_recorded(monkeypatch):
     assert dataclasses.replace(tile, SPLIT_K=1).num_warps == 2
 
 
-def _graph(spec):
-    return SimpleNamespace(weights=SimpleNamespace(specs=[spec]), planes=list)
+def _graph(key):
+    return SimpleNamespace(weights=SimpleNamespace(keys=[key]), planes=list)
 
 
 def test_the_verdict_is_part_of_the_cache_key(monkeypatch):
@@ -98,13 +99,14 @@ def test_the_verdict_is_part_of_the_cache_key(monkeypatch):
     hopper = dataclasses.replace(device.describe(CPU), arch="sm_90")
     monkeypatch.setattr(device, "describe", lambda _: hopper)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    spec = planes.PackSpec("e3m2", None, "absmax", gpu_layout(F16), False, CUDA)
+    spec = PackingSpec("e3m2", gpu_layout(F16), None, 128, F16)
+    key = planes.PlanesKey(spec, "absmax", CUDA)
     keys = []
     for verdict in (True, False):
         monkeypatch.setattr(selftest, "passes", lambda *problem, verdict=verdict: verdict)
-        keys.append(str(backend._verdicts(_graph(spec))))
+        keys.append(str(backend._verdicts(_graph(key))))
     assert keys[0] != keys[1]
-    assert backend._verdicts(_graph(dataclasses.replace(spec, device=CPU, layout="cpu.v1"))) == []
+    assert backend._verdicts(_graph(key._replace(device=CPU, spec=spec._replace(layout="cpu.v1")))) == []
 
 
 def test_another_assembler_is_another_test(kernel, monkeypatch, tmp_path):

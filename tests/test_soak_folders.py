@@ -76,7 +76,7 @@ def _model(seed: int = 0) -> nn.Sequential:
 
 
 def _empty_model() -> nn.Sequential:
-    with fp6_compile.empty_parameters():
+    with fp6_compile.init_empty_weights():
         return _model()
 
 

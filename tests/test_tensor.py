@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -170,10 +171,25 @@ def test_state_dict_and_torch_save():
         assert isinstance(other[0].weight, nn.Parameter)
 
 
-def test_torch_load_in_a_fresh_process(tmp_path):
+def _rename(file: Path, old: bytes, new: bytes) -> None:
+    """Call a global of a torch.save file by another name."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    (pickled,) = (name for name in members if name.endswith("/data.pkl"))
+    assert old in members[pickled]
+    members[pickled] = members[pickled].replace(old, new)
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+@pytest.mark.parametrize("writer", ["fp6_compile.packed.tensor", "fp6_compile.tensor"], ids=["this version", "0.1"])
+def test_torch_load_in_a_fresh_process(writer, tmp_path):
+    """Importing the package is enough; pickles of version 0.1, which had its modules elsewhere, are read, too."""
     model, _ = _models()
     x = torch.randn(3, K).half()
     torch.save({"state": model.state_dict(), "x": x, "y": model(x)}, tmp_path / "file.pt")
+    _rename(tmp_path / "file.pt", b"cfp6_compile.packed.tensor\n_rebuild\n", f"c{writer}\n_rebuild\n".encode())
     code = f"""
 import torch, fp6_compile
 found = torch.load({str(tmp_path / "file.pt")!r}, weights_only=True)

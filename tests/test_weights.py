@@ -86,9 +86,9 @@ def test_change_is_noticed(change, in_place, captured):
     close(actual, _reference(model, x))
     assert (_addresses(model.weight) == buffers) == (in_place and model.weight is old)
     again = {"weights_refreshed": 1} if model.weight is old else {"weights_packed": 2}
-    assert counters["fp6"] == {"linears_taken": 1, "weights_packed": 1, "mm": 1} | again
+    assert counters["fp6"] == {"linears_quantized": 1, "weights_packed": 1, "mm": 1} | again
     compiled(x)
-    assert counters["fp6"] == {"linears_taken": 1, "weights_packed": 1, "mm": 1} | again
+    assert counters["fp6"] == {"linears_quantized": 1, "weights_packed": 1, "mm": 1} | again
     del old_tensors
 
 
@@ -127,7 +127,7 @@ def test_refresh_after_a_write_that_leaves_no_trace(captured):
     compiled = torch.compile(model, backend="fp6")
     compiled(x)
     model.weight.data.mul_(-1.5)
-    fp6_compile.refresh(model)
+    fp6_compile.mark_weights_changed(model)
     close(compiled(x), _reference(model, x))
     compiled(x)
     assert counters["fp6"]["weights_refreshed"] == 1

@@ -102,7 +102,9 @@ def compressed(
         if setting.format == "fp16":
             _round_to_half(linears, books)
         else:
-            calibrate_(model, inputs, algorithm=books, format=setting.grid, group_size=setting.group, float32=True)
+            calibrate_(
+                model, inputs, algorithm=books, format=setting.grid, group_size=setting.group, include_float32=True
+            )
         yield books
     finally:
         for name, linear in linears.items():

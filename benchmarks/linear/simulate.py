@@ -25,7 +25,7 @@ from benchmarks.linear.bench import Problem, compare
 from benchmarks.linear.results import Row
 from benchmarks.sass.cases import DTYPES, Case, Kernel, compile_case, tile_of
 from benchmarks.system import environment
-from fp6_compile.layouts.packing import BLOCK_K, ROWS
+from fp6_compile.layouts.gpu_tiles import BLOCK_K, ROWS
 
 BITS = 6
 

@@ -29,7 +29,8 @@ from fp6_compile.backend.passes import FP6Pass
 from fp6_compile.backend.weights import forget_weights
 from fp6_compile.config import Options
 from fp6_compile.formats import get_format
-from fp6_compile.layouts.packing import GPU_LAYOUTS, lane_dtype
+from fp6_compile.layouts.gpu_tiles import GPU_LAYOUTS
+from fp6_compile.layouts.packing import lane_dtype
 from fp6_compile.report import Report, forget_reports, publish
 
 # Pointwise kernels that do not depend on each other are one launch: in attention the rotary embeddings of q and k, and the
@@ -52,7 +53,7 @@ def fp6(
         options: see config.Options.
 
     Raises:
-        ValueError: an option is unknown or ill-typed; with `strict`, a linear cannot be taken.
+        ValueError: an option is unknown or ill-typed; with `strict`, a linear cannot be quantized.
     """
     parsed = Options.parse(mode, options)
     on_gpu = any(isinstance(value, Tensor) and value.is_cuda for value in example_inputs)
@@ -66,7 +67,7 @@ def fp6(
 
     def run(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
-            _refuse_tangents(args)
+            _check_no_tangents(args)
         inputs = [*(args[position] for position in kept), *weights.tensors(args)]
         if torch.is_grad_enabled():
             return compiled(*inputs)
@@ -79,21 +80,18 @@ def fp6(
 
 def _verdicts(packed: PackedGraph) -> list[str]:
     """What the self-tests said of the kernels for these weights: it decides on their code."""
-    on_gpu = [
-        spec for spec in {*packed.weights.specs} if spec.device.type == "cuda" and spec.layout in GPU_LAYOUTS.values()
-    ]
-    if not on_gpu or any(isinstance(tensor, FakeTensor) for tensor in packed.planes()):
+    keys = [key for key in packed.weights.keys if key.device.type == "cuda" and key.spec.layout in GPU_LAYOUTS.values()]
+    if not keys or any(isinstance(tensor, FakeTensor) for tensor in packed.planes()):
         return []
     from fp6_compile.kernels.selection.choices import may_use_wgmma  # here, because it imports Triton
 
-    found = []
-    for spec in on_gpu:
-        problem = spec.device, lane_dtype(spec.layout), get_format(spec.format), spec.group_size
-        found.append(f"{problem} {may_use_wgmma(*problem)}")
-    return sorted(found)
+    problems = {
+        (key.device, lane_dtype(key.spec.layout), get_format(key.spec.format), key.spec.group_size) for key in keys
+    }
+    return sorted(f"{problem} {may_use_wgmma(*problem)}" for problem in problems)
 
 
-def _refuse_tangents(args: Sequence[Any]) -> None:
+def _check_no_tangents(args: Sequence[Any]) -> None:
     """Inductor's kernels drop the tangents of forward-mode AD without a word."""
     if any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args):
         raise NotImplementedError("fp6: compiled code has no forward-mode AD: call the model that was not compiled")

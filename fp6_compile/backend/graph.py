@@ -1,4 +1,4 @@
-"""Dynamo's graph with packed weights: a copy in which `fp6::dequantize` stands in the place of each weight that is taken.
+"""Dynamo's graph with packed weights: a copy in which `fp6::dequantize` stands in the place of each quantized weight.
 
     before   linear = F.linear(x, weight, bias)
     after    dequantize = fp6.dequantize(planes, scale, ...);  linear = F.linear(x, dequantize, bias)
@@ -23,14 +23,15 @@ from torch.fx import GraphModule, Node
 from fp6_compile._compat.torch import TracingContext
 from fp6_compile.backend.find.fused import copied, unfused
 from fp6_compile.backend.find.hidden import hidden_weights
-from fp6_compile.backend.find.linears import Weight, find_weight, is_linear, refusal
+from fp6_compile.backend.find.linears import Weight, find_weight, is_linear, skip_reason
 from fp6_compile.backend.find.merging import Candidate, groups
 from fp6_compile.backend.find.names import Names
-from fp6_compile.backend.planes import PackSpec, Planes
+from fp6_compile.backend.planes import Planes, PlanesKey
 from fp6_compile.backend.weights import WeightInputs, packed_planes
-from fp6_compile.config import Options
+from fp6_compile.config import Options, SkipReason
 from fp6_compile.formats import AUTO, Format, get_format
 from fp6_compile.layouts.packing import layout_for, plane_names
+from fp6_compile.layouts.spec import PackingSpec
 from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.quantize import choose_format
 from fp6_compile.report import LinearReport, count
@@ -39,15 +40,15 @@ from fp6_compile.report import LinearReport, count
 class PackedGraph:
     """The rewritten graph `gm` of a Dynamo graph, and how its inputs follow from those that Dynamo passes.
 
-    `kept` are the positions of Dynamo's inputs that it still has, `taken` the weights whose planes come after them, and
-    `lines` the lines of the report by position. Raises ValueError, with `strict`, for a linear that cannot be taken.
+    `kept` are the positions of Dynamo's inputs that it still has, `weights` the sets of bit planes that come after them, and
+    `lines` the lines of the report by position. Raises ValueError, with `strict`, for a linear that cannot be quantized.
     """
 
     def __init__(self, gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
         self.options = options
         self.example_inputs = example_inputs
         self.names = Names(gm)
-        self.names.check(options)
+        self.names.check(options.skip)
         gm = unfused(gm)
         self.gm, self._copies = copied(gm)
         self.kept = list(range(len(example_inputs)))
@@ -55,7 +56,7 @@ class PackedGraph:
         self._planes: list[Planes] = []
         self.lines: dict[int, LinearReport] = {}
         for group in groups(self._candidates(gm)):
-            self._take(group)
+            self._quantize(group)
         self.gm.graph.lint()
         self.gm.recompile()
 
@@ -65,7 +66,7 @@ class PackedGraph:
         return [self.lines[position] for position in sorted(self.lines)]
 
     def planes(self) -> list[Tensor]:
-        """The planes and scales of all weights that were taken: the last inputs of the new graph."""
+        """The bit planes and scales of all quantized weights: the last inputs of the new graph."""
         return [tensor for planes in self._planes for tensor in planes.packing.tensors]
 
     def inputs(self) -> list[Any]:
@@ -91,16 +92,16 @@ class PackedGraph:
             if isinstance(packed, PackedTensor):
                 if packed is value and _can_move(candidate):
                     yield candidate
-            elif refused := refusal(weight, value, candidate.names, self.options):
-                self._refuse(candidate, *refused)
+            elif reason := skip_reason(weight, value, candidate.names, self.names.modules(value), self.options):
+                self._skip(candidate, reason)
             else:
                 yield candidate
 
-    def _refuse(self, candidate: Candidate, reason: str, excused: bool) -> None:
-        if self.options.strict and not excused:
-            raise ValueError(f"fp6: strict: cannot take {candidate.names[0]}: {reason}")
-        count("linears_refused")
-        self._report(candidate, candidate.value.nbytes, reason=reason)
+    def _skip(self, candidate: Candidate, reason: SkipReason) -> None:
+        if self.options.strict and not reason.by_request:
+            raise ValueError(f"fp6: strict: cannot quantize {candidate.names[0]}: {reason.text}")
+        count("linears_skipped")
+        self._report(candidate, candidate.value.nbytes, reason=reason.text)
 
     def _report(self, candidate: Candidate, size: int, **reason_or_note: str | None) -> None:
         value = candidate.value
@@ -108,15 +109,15 @@ class PackedGraph:
         line = LinearReport(candidate.names[0], shape, value.dtype, value.nbytes, size, **reason_or_note)
         self.lines[candidate.position] = line
 
-    def _take(self, group: list[Candidate]) -> None:
+    def _quantize(self, group: list[Candidate]) -> None:
         """Pack a group of weights side by side, and put `fp6::dequantize` before every linear that reads them."""
         try:
             packs = [self._pack(group, transposed) for transposed in group[0].orientations]
         except ValueError as error:  # one of the weights has values that cannot be quantized
             for candidate in group if len(group) > 1 else ():
-                self._take([candidate])
+                self._quantize([candidate])
             if len(group) == 1:
-                self._refuse(group[0], str(error), excused=False)
+                self._skip(group[0], SkipReason(str(error), False))
             return
         for planes in packs:
             self._replace(group, planes)
@@ -125,31 +126,33 @@ class PackedGraph:
         for i, candidate in enumerate(group):
             self._drop(candidate)
             if not candidate.packed:
-                count("linears_taken")
+                count("linears_quantized")
             size = sum(tensor.nbytes for planes in packs for tensor in planes.packing.rows[i])
-            self._report(candidate, size, note=_note(candidate, group), format=packs[0].spec.format)
+            self._report(candidate, size, note=_note(candidate, group), format=packs[0].key.spec.format)
 
     def _pack(self, group: list[Candidate], transposed: bool) -> Planes:
         first = group[0]
         how, value = first.packed or self.options, first.value
         fmt = self._format(group, transposed)
         layout = first.packed.layout if first.packed else layout_for(value.device, value.dtype, fmt)
-        spec = PackSpec(fmt.name, how.group_size, self.options.scale, layout, transposed, value.device)
-        return self._planes_of(group, spec)
+        k = value.shape[0 if transposed else 1]
+        spec = PackingSpec(fmt.name, layout, how.group_size, k, value.dtype, transposed)
+        return self._planes_of(group, PlanesKey(spec, self.options.scale_method, value.device))
 
-    def _planes_of(self, group: list[Candidate], spec: PackSpec) -> Planes:
-        return packed_planes([c.value for c in group], spec, [c.names[0] for c in group])
+    def _planes_of(self, group: list[Candidate], key: PlanesKey) -> Planes:
+        return packed_planes([c.value for c in group], key, [c.names[0] for c in group])
 
     def _format(self, group: list[Candidate], transposed: bool) -> Format:
         options, packed = self.options, group[0].packed
         if packed or options.format != "auto":
             return get_format(packed.format if packed else options.format)
         weights = [c.value.detach().t() if transposed else c.value.detach() for c in group]
-        return choose_format(weights, [get_format(name) for name in AUTO], options.group_size, options.scale)
+        return choose_format(weights, [get_format(name) for name in AUTO], options.group_size, options.scale_method)
 
     def _replace(self, group: list[Candidate], planes: Planes) -> None:
-        """Each weight's readers read its rows of the dequantized planes instead."""
-        transposed, last, first = planes.spec.transposed, self._dequantize(group[0], planes.spec), 0
+        """Each weight's readers read its rows of the dequantized bit planes instead."""
+        spec = planes.key.spec
+        transposed, last, first = spec.transposed, self._dequantize(group[0], spec), 0
         whole = last
         for candidate in group:
             new = whole
@@ -163,7 +166,7 @@ class PackedGraph:
             for user in candidate.weight.users[transposed]:
                 self._copies[user].replace_input_with(self._copies[candidate.weight.placeholder], new)
 
-    def _dequantize(self, candidate: Candidate, spec: PackSpec) -> Node:
+    def _dequantize(self, candidate: Candidate, spec: PackingSpec) -> Node:
         graph = self.gm.graph
         name = self._copies[candidate.weight.placeholder].name
         last = graph.find_nodes(op="placeholder")[-1]
@@ -173,9 +176,8 @@ class PackedGraph:
                 planes.append(graph.placeholder(f"{name}{'t_' if spec.transposed else ''}{plane}"))
             planes[-1]._dynamo_source = None
             planes[-1].meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-        k = candidate.value.shape[0 if spec.transposed else 1]
         with graph.inserting_after(planes[-1]):
-            how = (spec.format, spec.layout, spec.group_size, k, candidate.value.dtype)
+            how = (spec.format, spec.layout, spec.group_size, spec.k, spec.dtype)
             return graph.call_function(torch.ops.fp6.dequantize.default, (planes[:-1], planes[-1], *how))
 
     def _drop(self, candidate: Candidate) -> None:
@@ -195,9 +197,9 @@ def _note(candidate: Candidate, group: list[Candidate]) -> str | None:
 
 
 def _can_move(candidate: Candidate) -> bool:
-    """Whether a PackedTensor's planes can lie beside others'. Changes of inference tensors could not be noticed."""
-    weight, value = candidate.weight, candidate.value
-    as_linear = candidate.orientations == [False] and not candidate.packed.transposed
+    """Whether a PackedTensor's bit planes can lie beside others'. Changes of inference tensors could not be noticed."""
+    weight, value, packed = candidate.weight, candidate.value, candidate.packed
+    as_linear = candidate.orientations == [False] and packed is not None and not packed.transposed
     return as_linear and weight.mutated_by is None and not value.is_inference()
 
 

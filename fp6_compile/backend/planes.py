@@ -1,14 +1,13 @@
-"""Planes of one or more parameters, and the states of the parameters that they were made from.
+"""Bit planes of one or more parameters, and the states of the parameters that they were made from.
 
-`Planes.packing` never changes: new values become another Packing, so that whoever has one has planes, scales and stamps that
-belong together. weights.py says who asks when.
+A Packing never changes: new values become another one, so that its bit planes, scales and stamps always belong together.
+weights.py says who asks when.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,21 +16,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fp6_compile.formats import get_format
 from fp6_compile.kernels.pack import quantized
+from fp6_compile.layouts.spec import PackingSpec
+from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.report import count
 
 # A weight that is written while it is read is read again, so often.
 _ATTEMPTS = 10
 
 
-@dataclass(frozen=True)
-class PackSpec:
-    """How a parameter is packed. `transposed`: it is [K, N], as in `x @ W`, and is packed the other way round."""
+class PlanesKey(NamedTuple):
+    """What tells sets of bit planes of the same parameters apart: how they are read, how they were made, where they are.
 
-    format: str
-    group_size: int | None
-    scale: str
-    layout: str
-    transposed: bool
+    If `spec.transposed`, the parameter is [K, N], as in `x @ W`, and is packed the other way round.
+    """
+
+    spec: PackingSpec
+    scale_method: str
     device: torch.device
 
 
@@ -56,7 +56,7 @@ class Stamp(NamedTuple):
 
 
 class Packing(NamedTuple):
-    """Planes at one moment: the tensors (*planes, scale) of all rows, those of each parameter, and what they are made of."""
+    """Bit planes at one moment: (*planes, scale) of all rows, those of each parameter, and what they were made from."""
 
     tensors: tuple[Tensor, ...]
     rows: tuple[tuple[Tensor, ...], ...]
@@ -64,7 +64,7 @@ class Packing(NamedTuple):
 
 
 class Planes:
-    """A set of planes and scales: the packed weights of one or more parameters, side by side along N.
+    """A set of bit planes and scales: the packed weights of one or more parameters, side by side along N.
 
     Rows of all weights but the last must fill whole indices of the layout (packing.rows_per_index). Rows that are fresh in
     `old` are copied from there.
@@ -72,36 +72,36 @@ class Planes:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str], old: Packing | None = None
+        self, parameters: Sequence[Tensor], key: PlanesKey, names: Sequence[str], old: Packing | None = None
     ) -> None:
-        self.spec = spec
+        self.key = key
         self.names = tuple(names)
         stamps, rows = self._read(parameters, old, "weights_packed")
         self.packing = Packing(*_joined(rows), stamps)
-        self._house(parameters, rows)
+        self._adopt(parameters, rows)
 
     @property
     def is_in_place(self) -> bool:
         """Whether new values go where the old ones were: CUDA graphs have recorded addresses, threads on a CPU read on."""
-        return self.spec.device.type != "cpu"
+        return self.key.device.type != "cpu"
 
     def belong_to(self, parameters: Sequence[Tensor]) -> bool:
         """Whether they were made from these very parameters, fresh or not."""
         return [stamp.owner for stamp in self.packing.stamps] == [id(parameter) for parameter in parameters]
 
     def refresh(self, parameters: Sequence[Tensor]) -> dict[str, float]:
-        """Quantize anew what has changed; seconds by name. If one is refused (NaN), all stay as they were."""
+        """Quantize anew what has changed; seconds by name. If one cannot be quantized (NaN), all stay as they were."""
         start, old = time.perf_counter(), self.packing
         stale = [n for n, s, p in zip(self.names, old.stamps, parameters, strict=True) if not s.fits(p)]
         if not stale:
             return {}
         stamps, rows = self._read(parameters, old, "weights_refreshed")
         if self.is_in_place:
-            _fill(old.rows, rows, self.spec.device)
+            _fill(old.rows, rows, self.key.device)
             self.packing = old._replace(stamps=stamps)
         else:
             self.packing = Packing(*_joined(rows), stamps)
-        self._house(parameters, rows)
+        self._adopt(parameters, rows)
         return dict.fromkeys(stale, (time.perf_counter() - start) / len(stale))
 
     def forget(self, parameter: Tensor) -> None:
@@ -120,9 +120,9 @@ class Planes:
             for parameter, name, (stamp, tensors) in zip(parameters, self.names, known, strict=True):
                 is_stale = stamp is None or not stamp.fits(parameter)
                 # Tensors that are packed already cost nothing, and are known to be those of this moment.
-                if stamp is None or is_stale or is_packed(parameter):
+                if stamp is None or is_stale or isinstance(parameter, PackedTensor):
                     stamp, tensors = self._quantized(parameter, name)
-                if is_stale and (event == "weights_refreshed" or not is_packed(parameter)):
+                if is_stale and (event == "weights_refreshed" or not isinstance(parameter, PackedTensor)):
                     count(event)
                 stamps.append(stamp)
                 rows.append(tensors)
@@ -130,11 +130,11 @@ class Planes:
 
     def _quantized(self, parameter: Any, name: str) -> tuple[Stamp, tuple[Tensor, ...]]:
         """Of one state of the parameter, even if somebody writes it meanwhile: then of the one after."""
-        spec = self.spec
-        how = get_format(spec.format), spec.layout, spec.group_size, spec.scale
+        spec = self.key.spec
+        how = get_format(spec.format), spec.layout, spec.group_size, self.key.scale_method
         for _ in range(_ATTEMPTS):
             stamp = Stamp.of(parameter)
-            if is_packed(parameter):
+            if isinstance(parameter, PackedTensor):
                 return stamp, parameter.tensors
             value = parameter.detach().clone()
             try:
@@ -146,16 +146,11 @@ class Planes:
                 break
         return stamp, tensors
 
-    def _house(self, parameters: Sequence[Any], sources: Sequence[tuple[Tensor, ...]]) -> None:
-        """Parameters that are packed already, as `sources`, have their planes here from now on."""
+    def _adopt(self, parameters: Sequence[Any], sources: Sequence[tuple[Tensor, ...]]) -> None:
+        """Let PackedTensors, which were `sources` until now, read their rows of these bit planes from now on."""
         for parameter, tensors, source in zip(parameters, self.packing.rows, sources, strict=True):
-            if len(parameters) > 1 and is_packed(parameter):
+            if len(parameters) > 1 and isinstance(parameter, PackedTensor):
                 parameter.move_to(tensors[:-1], tensors[-1], source)
-
-
-def is_packed(parameter: Tensor) -> bool:
-    """Whether it is a PackedTensor; by what it has, because tensor.py is above this file."""
-    return hasattr(parameter, "planes")
 
 
 def _joined(rows: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[tuple[Tensor, ...], ...]]:
@@ -172,7 +167,7 @@ def _joined(rows: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[t
 
 
 def _fill(old: Sequence[tuple[Tensor, ...]], new: Sequence[tuple[Tensor, ...]], device: torch.device) -> None:
-    """Write the rows in the place of the old ones, when no stream reads those any more."""
+    """Overwrite the old rows with the new ones, when no stream reads the old ones any more."""
     torch.cuda.synchronize(device)
     for mine, theirs in zip((t for rows in old for t in rows), (t for rows in new for t in rows), strict=True):
         if mine.data_ptr() != theirs.data_ptr():

@@ -1,23 +1,23 @@
 """Packed weights: made once per parameter, shared by every graph that reads it, and never stale.
 
-Weights that multiply the same input lie side by side in one set of planes, so that one matmul reads them all (merging.py);
-each still follows its own parameter, in its own rows. A weight that one graph has in such a set and another graph has alone,
-or in another set, is packed for each. A parameter that is packed already (a PackedTensor) is moved into the set, and has its
-own planes there from then on: it takes no more memory than before.
+Weights that multiply the same input lie side by side in one set of bit planes, so that one matmul reads them all
+(merging.py); each still follows its own parameter, in its own rows. A weight that is in such a set in one graph, and alone
+or in another set in another graph, is packed for each. A parameter that is packed already (a PackedTensor) reads its rows
+of the set from then on, and its own bit planes are freed.
 
 The parameter stays the user's own, and they may change it after compilation: `copy_`, `load_state_dict`, an optimizer step,
 `p.data = ...`, `module.weight = nn.Parameter(...)`. None of that fails a Dynamo guard, so every call asks each packed weight
 whether it still belongs to what it was made from: the same tensor, the same storage, the same version. If not, the new
-values are quantized. What a call needs to know is one object that never changes: a call that has it is right to its end,
+values are quantized. All that a call needs is in one object that never changes, so that its weights are of one moment,
 whatever other threads write meanwhile.
 
-The planes are an attribute of their parameters and live exactly as long: graphs, which Dynamo keeps, do not hold them. There
-is no weak reference to a parameter either, because `Module._apply` swaps tensors and refuses those that have one.
+The bit planes are an attribute of their parameters and live exactly as long: graphs, which Dynamo keeps, do not hold them.
+There is no weak reference to a parameter either, because `Module._apply` cannot swap tensors that have one.
 
 Some changes leave no trace in PyTorch: writing in place through `.data`, as in `p.data.mul_(2)` or the `p.data += delta` of
-some LoRA merges (autograd's own check misses it, too), through NumPy, DLPack or the storage, or by a kernel that raises no
-version. For those there is `refresh(model)`. Fused optimizers are such kernels, so every optimizer's step marks what it has
-stepped.
+some LoRA merges (autograd's own check misses it, too), through NumPy, DLPack or the storage, or by a kernel that does not
+raise the version. After those, call `mark_weights_changed(model)`. Fused optimizers are such kernels, so the step of every
+optimizer marks the parameters that it has stepped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fp6_compile.backend.planes import PackSpec, Planes, Stamp
+from fp6_compile.backend.planes import Planes, PlanesKey, Stamp
 from fp6_compile.report import Refresh, publish_refresh
 
 # Held while weights are quantized, never by a call that finds all of them fresh.
@@ -50,13 +50,13 @@ if hasattr(os, "register_at_fork"):
 
 
 class _Table:
-    """The planes of one parameter, by how and with which others it is packed, and the calls that it is the first weight of.
+    """The bit planes of one parameter, by how and with which others it is packed, and the calls whose first weight it is.
 
     Not part of the parameter where that is pickled or copied.
     """
 
     def __init__(self) -> None:
-        self.planes: dict[tuple[PackSpec, tuple[str, ...]], Planes] = {}
+        self.planes: dict[tuple[PlanesKey, tuple[str, ...]], Planes] = {}
         self.calls: dict[WeightInputs, _Call] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -76,26 +76,26 @@ def _table(parameter: Tensor) -> _Table:
 
 
 def planes_of(parameter: Tensor) -> list[Planes]:
-    """All planes that have rows of `parameter`."""
+    """All bit planes that have rows of `parameter`."""
     table = getattr(parameter, "_fp6_table", None)
     return list(dict.fromkeys(table.planes.values())) if isinstance(table, _Table) else []
 
 
-def packed_planes(parameters: Sequence[Tensor], spec: PackSpec, names: Sequence[str]) -> Planes:
-    """The planes of `parameters`, fresh or not: of an earlier graph (another shape, prefill and decode), or made now.
+def packed_planes(parameters: Sequence[Tensor], key: PlanesKey, names: Sequence[str]) -> Planes:
+    """The bit planes of `parameters`, fresh or not: of an earlier graph (another shape, prefill and decode), or made now.
 
     Raises ValueError if a parameter cannot be quantized.
     """
-    key = spec, tuple(names)
+    entry = key, tuple(names)
     with _lock:
         tables = [_table(parameter).planes for parameter in parameters]
         known = (planes for table in tables for planes in table.values())
-        planes = next((p for p in known if p.spec == spec and p.belong_to(parameters)), None)
+        planes = next((p for p in known if p.key == key and p.belong_to(parameters)), None)
         if planes is None:  # some of the parameters may have been packed with others, which these replace
-            old = next((table[key].packing for table in tables if key in table), None)
-            planes = Planes(parameters, spec, names, old)
+            old = next((table[entry].packing for table in tables if entry in table), None)
+            planes = Planes(parameters, key, names, old)
         for table in tables:
-            table[key] = planes
+            table[entry] = planes
         return planes
 
 
@@ -108,16 +108,16 @@ class _Call(NamedTuple):
 
 
 class WeightInputs:
-    """The sets of planes among the inputs of a compiled graph, and their parameters among Dynamo's inputs."""
+    """The sets of bit planes among the inputs of a compiled graph, and their parameters among Dynamo's inputs."""
 
     def __init__(self) -> None:
-        self.specs: list[PackSpec] = []
+        self.keys: list[PlanesKey] = []
         self._sets: list[tuple[tuple[int, ...], tuple[str, ...]]] = []
 
     def add(self, positions: Sequence[int], planes: Planes) -> None:
         """One more set, and where its parameters are among Dynamo's inputs."""
         self._sets.append((tuple(positions), planes.names))
-        self.specs.append(planes.spec)
+        self.keys.append(planes.key)
 
     def tensors(self, args: Sequence[Any]) -> list[Tensor]:
         """(*planes, scale) of all sets, of the parameters that this call passes, refreshed if they have changed.
@@ -142,15 +142,15 @@ class WeightInputs:
         return tensors
 
     def _catch_up(self, args: Sequence[Any]) -> list[Tensor]:
-        """Dynamo runs one graph for all layers that look alike, and each has planes of its own."""
+        """Dynamo runs one graph for all layers that look alike, and each has bit planes of its own."""
         call = _Call([], [], [])
         seconds: dict[str, float] = {}
         with _lock:
             first = _table(args[self._sets[0][0][0]])
             first.calls.pop(self, None)  # it holds the old planes
-            for (positions, names), spec in zip(self._sets, self.specs, strict=True):
+            for (positions, names), key in zip(self._sets, self.keys, strict=True):
                 parameters = [args[position] for position in positions]
-                planes = packed_planes(parameters, spec, names)
+                planes = packed_planes(parameters, key, names)
                 seconds |= planes.refresh(parameters)
                 tensors, _, stamps = planes.packing
                 call.tensors.extend(tensors)
@@ -162,7 +162,7 @@ class WeightInputs:
         return call.tensors
 
 
-def refresh(model: torch.nn.Module) -> None:
+def mark_weights_changed(model: torch.nn.Module) -> None:
     """Quantize the weights of `model` anew at their next use; only needed after a write that leaves no trace in PyTorch."""
     _forget(model.parameters())
 
@@ -185,7 +185,7 @@ register_optimizer_step_post_hook(_after_step)
 
 
 def forget_weights() -> None:
-    """Drop the planes of all parameters."""
+    """Drop the bit planes of all parameters."""
     for table in list(_tables):
         table.planes.clear()
         table.calls.clear()

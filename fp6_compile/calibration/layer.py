@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fp6_compile.calibration.algorithms import Algorithm, Quantized
 from fp6_compile.calibration.collect import Collector
+from fp6_compile.config import SkipReason
 from fp6_compile.packed.low_rank import FACTORS, grow
 from fp6_compile.packed.slots import Slot
 from fp6_compile.packed.tensor import PackedTensor
@@ -16,7 +17,7 @@ from fp6_compile.report import LinearReport
 
 def quantize_linear(
     slot: Slot,
-    skipped: tuple[str, bool] | None,
+    skip: SkipReason | None,
     algorithm: Algorithm,
     grid: Grid,
     group_size: int | None,
@@ -27,8 +28,8 @@ def quantize_linear(
     about = slot.title, tuple(tensor.shape), tensor.dtype, tensor.nbytes
     if isinstance(tensor, PackedTensor):
         return LinearReport(*about, tensor.packed_bytes, note="packed already", format=tensor.spec.format), {}
-    if skipped:
-        return LinearReport(*about, tensor.nbytes, skipped[0]), {}
+    if skip is not None:
+        return LinearReport(*about, tensor.nbytes, skip.text), {}
     try:
         stats = None if collector is None else collector[slot]
         found = algorithm(tensor.detach(), grid, group_size, stats)

@@ -22,10 +22,10 @@ from fp6_compile.calibration.collect import Collector
 from fp6_compile.calibration.equalize import equalize_
 from fp6_compile.calibration.layer import quantize_linear, restore
 from fp6_compile.calibration.state import Done, State, digest, text_digest
-from fp6_compile.config import Options, names_in, warn_of_unmatched
+from fp6_compile.config import QuantConfig, names_in, warn_of_unmatched
 from fp6_compile.formats import AUTO, DEFAULT, FORMATS, get_format
-from fp6_compile.packed.quantize_model import Values, is_weight, keep, refusal
-from fp6_compile.packed.slots import Slot, slots, usable
+from fp6_compile.packed.quantize_model import Values, is_weight, keep, skip_reason, target_device
+from fp6_compile.packed.slots import Slot, slots
 from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.quantize import Grid
 from fp6_compile.report import LinearReport, Report, log_report, progress
@@ -34,18 +34,16 @@ from fp6_compile.report import LinearReport, Report, log_report, progress
 def calibrate_(
     model: nn.Module,
     inputs: Iterable[Any] = (),
+    config: QuantConfig | None = None,
     *,
     algorithm: Algorithm | None = None,
-    format: str | Grid = DEFAULT,
-    group_size: int | None = None,
-    skip: Iterable[str] = (),
-    min_features: int = 128,
-    float32: bool = False,
+    format: str | Grid | None = None,
     device: torch.device | str | None = None,
     source: str | os.PathLike[str] | None = None,
     blocks: str | None = None,
     equalize: float | None = None,
     resume: str | os.PathLike[str] | None = None,
+    **fields: Any,
 ) -> Report:
     """Replace the weight of every nn.Linear of `model` by a PackedTensor whose codes `algorithm` chooses by the inputs.
 
@@ -54,9 +52,10 @@ def calibrate_(
         inputs: of the model: tensors, tuples of arguments or mappings of keywords, on the model's device. They are held
             until the end. Not needed by algorithms without statistics (RTN, Clip).
         algorithm: one of fp6_compile.calibration.algorithms; None is RTN, and the same as quantize_.
-        format: a name, "auto" (for each layer the better of two six-bit ones), or another grid of numbers; of one that is
-            none of the package's formats the dequantized weights are put into the model, for evaluation.
-        group_size, skip, min_features, float32: as in config.Options.
+        config: which linears are quantized, and how, or its fields as keyword arguments. The algorithm chooses the scales:
+            scale_method stays "absmax".
+        format: as in `config`, or another grid of numbers. Of one that is none of the package's formats, the dequantized
+            weights are put into the model, for evaluation.
         device, source: as for `quantize_`: with `source` and empty parameters, blocks are read when their turn comes.
         blocks: the name of the module whose children are the blocks; None takes the longest nn.ModuleList, "" none: the
             whole model at once.
@@ -67,8 +66,8 @@ def calibrate_(
             used without inputs.
 
     Returns:
-        What was quantized, what was skipped and why; notes on linears that were never called (they are quantized without
-        data) and on tokens that were left out because of NaN. It is also logged.
+        Which linears were quantized, which were skipped and why; notes on linears that were never called (they are
+        quantized as without data) and on tokens that were left out for NaN. It is logged, too.
 
     Raises:
         ValueError: a bad option, no such device; no inputs where the algorithm needs some; a model that is no chain of
@@ -78,13 +77,18 @@ def calibrate_(
     algorithm = algorithm or RTN()
     if equalize is not None and not 0 <= equalize <= 1:
         raise ValueError(f"equalize: got {equalize!r}, needs a number from 0 to 1, or None")
-    if format == "auto":
-        algorithm, format = Search(algorithm, tuple(FORMATS[name] for name in AUTO)), AUTO[0]
-    grid = get_format(format) if isinstance(format, str) else format
-    given = {"group_size": group_size, "skip": list(skip), "min_features": min_features, "float32": float32}
-    options = Options.parse(None, given)
-    run = _Run(getattr(model, "_orig_mod", model), algorithm, grid, options, device, source, equalize)
-    warn_of_unmatched(options, names_in(run.model), type(run.model).__name__)
+    if format is not None:
+        fields["format"] = format if isinstance(format, str) else DEFAULT
+    config = QuantConfig.of(config, fields)
+    if config.scale_method != "absmax":
+        raise ValueError(f"scale_method: got {config.scale_method!r}, needs 'absmax': the algorithm chooses the scales")
+    grid: Grid = get_format(AUTO[0] if config.format == "auto" else config.format)
+    if config.format == "auto":
+        algorithm = Search(algorithm, tuple(FORMATS[name] for name in AUTO))
+    if format is not None and not isinstance(format, str):
+        grid = format
+    run = _Run(getattr(model, "_orig_mod", model), algorithm, grid, config, device, source, equalize)
+    warn_of_unmatched(config.skip, names_in(run.model), type(run.model).__name__)
     found = find_blocks(run.model, blocks)
     with quiet(run.model):
         if algorithm.needs == Needs.NOTHING and equalize is None:
@@ -105,16 +109,16 @@ class _Run:
         model: nn.Module,
         algorithm: Algorithm,
         grid: Grid,
-        options: Options,
+        config: QuantConfig,
         device: torch.device | str | None,
         source: str | os.PathLike[str] | None,
         equalize: float | None,
     ) -> None:
-        self.model, self.algorithm, self.grid, self.options = model, algorithm, grid, options
-        self.target = usable(device) or (torch.device("cpu") if source is not None else None)
+        self.model, self.algorithm, self.grid, self.config = model, algorithm, grid, config
+        target = target_device(device, source)
         self.slots = slots(model)
-        self.values = Values(self.slots, source, self.target)
-        self.skipped = {id(p): refusal(p, options, self.target) for p in self.slots if is_weight(p, options)}
+        self.values = Values(self.slots, source, target)
+        self.reasons = {id(s): skip_reason(s, config, target) for s in self.slots if is_weight(s, config)}
         self.equalize = equalize
         self.lines: dict[str, LinearReport] = {}
 
@@ -157,9 +161,10 @@ class _Run:
     def _about(self, chain: Chain) -> dict[str, str]:
         """What must be the same for a calibration to be resumed."""
         shapes = (f"{name} {list(p.shape)} {p.dtype}" for name, p in self.model.named_parameters())
+        skipped = [slot.names[0] for slot in self.slots if self.reasons.get(id(slot)) is not None]
         return {
             "algorithm": repr(self.algorithm),
-            "options": repr((self.grid, self.options, self.equalize)),
+            "options": repr((self.grid, self.config, skipped, self.equalize)),
             "model": text_digest(shapes),
             "inputs": digest((chain.inputs, chain.hidden)),
         }
@@ -181,7 +186,7 @@ class _Run:
 
     def _is_quantized(self, slot: Slot) -> bool:
         """Whether the algorithm will be called for it."""
-        return self.skipped.get(id(slot), ("",)) is None and not isinstance(slot.tensor, PackedTensor)
+        return self.reasons.get(id(slot), "") is None and not isinstance(slot.tensor, PackedTensor)
 
     def _collector(self, part: list[Slot]) -> Collector:
         return Collector([slot for slot in part if self._is_quantized(slot)], self.algorithm.needs)
@@ -191,9 +196,9 @@ class _Run:
         for slot in part:
             if collector is None:
                 self._fetch(slot)
-            if id(slot) in self.skipped:
-                how = self.algorithm, self.grid, self.options.group_size, collector
-                done.lines[slot.names[0]], new = quantize_linear(slot, self.skipped[id(slot)], *how)
+            if id(slot) in self.reasons:
+                how = self.algorithm, self.grid, self.config.group_size, collector
+                done.lines[slot.names[0]], new = quantize_linear(slot, self.reasons[id(slot)], *how)
                 done.tensors.update(new)
         self.lines |= done.lines
         _trim()

@@ -6,14 +6,15 @@ second-order sensitivity of HAWQ-V2 (arXiv 1911.03852) in the direction of the q
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
-from fp6_compile.config import Options, names_in, warn_of_unmatched
+from fp6_compile.config import QuantConfig, names_in, warn_of_unmatched
 from fp6_compile.formats import Format
-from fp6_compile.packed.quantize_model import is_weight, refusal
+from fp6_compile.packed.quantize_model import is_weight, skip_reason
 from fp6_compile.packed.slots import slots
 from fp6_compile.quantize import dequantize, quantize
 from fp6_compile.report import progress
@@ -26,25 +27,24 @@ _PROBE = Format("e2m1", 2, 1)
 def sensitivities(
     model: nn.Module,
     loss: Callable[[], float],
-    *,
-    skip: Sequence[str] = (),
-    min_features: int = 128,
-    float32: bool = False,
+    config: QuantConfig | None = None,
+    **fields: Any,
 ) -> dict[str, float]:
     """The rise of `loss()` per unit of relative squared error, by the name of each linear that `quantize_` would quantize.
 
     Args:
         model: any module; each weight is changed in place while `loss` is called, and then put back.
         loss: a distance to the unchanged model on some inputs: KL divergence of logits, squared error of features.
-        skip, min_features, float32: as for `quantize_`.
+        config: as for `quantize_`, or its fields as keyword arguments. It says which linears; formats and scales are not
+            asked for.
 
-    Raises ValueError for a bad option.
+    Raises ValueError for a bad option, TypeError for an unknown keyword argument.
     """
-    options = Options.parse(None, {"skip": skip, "min_features": min_features, "float32": float32})
-    warn_of_unmatched(options, names_in(model), type(model).__name__)
-    chosen = [slot for slot in slots(model) if is_weight(slot, options) and refusal(slot, options, None) is None]
+    config = QuantConfig.of(config, fields)
+    warn_of_unmatched(config.skip, names_in(model), type(model).__name__)
+    weights = [slot for slot in slots(model) if is_weight(slot, config) and skip_reason(slot, config, None) is None]
     base, found = loss(), {}
-    for slot in progress(chosen, "fp6: sensitivities"):
+    for slot in progress(weights, "fp6: sensitivities"):
         weight, kept = slot.tensor, slot.tensor.detach().clone()
         rounded = dequantize(*quantize(kept, _PROBE), _PROBE, None, kept.dtype)
         error = (rounded - kept).float().square().sum() / kept.float().square().sum().clamp(min=1e-30)

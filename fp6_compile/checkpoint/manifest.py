@@ -7,8 +7,8 @@
          "weights": {"model.fc.weight": {"format": "e3m2", "group_size": 64, "shape": [128, 256], "dtype": "float16",
                                          "planes": ["w4", "w2"], "scale_dtype": "float32"}}}
 
-The packed weight "model.fc.weight" is the tensors "model.fc.weight.w4", ".w2" and ".scale", canonical planes (packing.py)
-that know nothing of a device. All others are stored as they are.
+The packed weight "model.fc.weight" is the tensors "model.fc.weight.w4", ".w2" and ".scale": canonical bit planes
+(packing.py), which are the same for all devices. All other tensors are stored as they are.
 
 `Manifest.read` checks the folder as a whole, every byte of it, before anyone loads anything.
 """
@@ -26,6 +26,7 @@ import torch
 
 from fp6_compile.formats import get_format
 from fp6_compile.layouts.packing import PLANES, canonical_shapes, plane_names
+from fp6_compile.layouts.spec import PackingSpec
 from fp6_compile.storage.files import member, parse_json, read_json, reason, short
 from fp6_compile.storage.safetensors import DTYPES, Entry, File, read
 
@@ -39,20 +40,28 @@ class CheckpointError(ValueError):
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A packed weight: how its planes and scales are to be read."""
+class PackedWeight:
+    """A packed weight of a checkpoint: its canonical bit planes have `rows` rows and are read as `spec` says."""
 
-    format: str
-    group_size: int | None
-    shape: tuple[int, int]
-    dtype: torch.dtype
+    spec: PackingSpec
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[N, K]."""
+        return self.rows, self.spec.k
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is presented in."""
+        return self.spec.dtype
 
     def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """What is stored of it: (dtype, shape) by suffix, in order."""
-        fmt, (n, k) = get_format(self.format), self.shape
+        fmt, (n, k), group_size = get_format(self.spec.format), self.shape, self.spec.group_size
         shapes = canonical_shapes(fmt, n, k)
         planes = {name: (torch.uint8, shape) for name, shape in zip(plane_names(fmt), shapes, strict=True)}
-        groups = 1 if self.group_size is None else -(-k // self.group_size)
+        groups = 1 if group_size is None else -(-k // group_size)
         return {**planes, "scale": (torch.float32, (groups, n))}
 
     def fits(self, dtype: torch.dtype) -> bool:
@@ -61,20 +70,22 @@ class Weight:
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in a shard's metadata."""
-        about = {"format": self.format, "group_size": self.group_size, "shape": list(self.shape)}
-        planes = list(plane_names(get_format(self.format)))
+        spec = self.spec
+        about = {"format": spec.format, "group_size": spec.group_size, "shape": list(self.shape)}
+        planes = list(plane_names(get_format(spec.format)))
         return {**about, "dtype": str(self.dtype).removeprefix("torch."), "planes": planes, "scale_dtype": "float32"}
 
     @classmethod
-    def from_json(cls, name: str, value: Any) -> Weight:
+    def from_json(cls, name: str, value: Any) -> PackedWeight:
         """Raises CheckpointError for anything but what `to_json` gives."""
         try:
             n, k = value["shape"]
-            weight = cls(value["format"], value["group_size"], (n, k), _DTYPES[value["dtype"]])
-            get_format(weight.format)
-            sizes = [n, k, *([] if weight.group_size is None else [weight.group_size])]
+            group_size = value["group_size"]
+            weight = cls(PackingSpec(value["format"], PLANES, group_size, k, _DTYPES[value["dtype"]]), n)
+            get_format(value["format"])
+            sizes = [n, k, *([] if group_size is None else [group_size])]
             if not all(type(size) is int and size > 0 for size in sizes):
-                raise ValueError(f"shape {[n, k]} and group_size {weight.group_size} are not positive integers")
+                raise ValueError(f"shape {[n, k]} and group_size {group_size} are not positive integers")
             if weight.to_json() != value:
                 raise ValueError(f"expected {weight.to_json()}, found {value}")
             return weight
@@ -90,7 +101,7 @@ class Manifest:
 
     folder: Path
     entries: Mapping[str, Entry]
-    weights: Mapping[str, Weight]
+    weights: Mapping[str, PackedWeight]
     tied: Mapping[str, str]
 
     @property
@@ -108,14 +119,14 @@ class Manifest:
     def read(cls, folder: Path) -> Manifest:
         """The manifest of a folder whose every byte is as it was written. Raises CheckpointError if one is not."""
         found: dict[str, Entry] = {}
-        weights: dict[str, Weight] = {}
+        weights: dict[str, PackedWeight] = {}
         tied: dict[str, str] = {}
         for name, about in _read_index(folder).items():
             shard = _check_file(folder, name, about)
             new, said = _open(shard)
             _check_version(said, name)
             _add(found, new, name)
-            _add(weights, {n: Weight.from_json(n, w) for n, w in _dict(said, "weights", name).items()}, name)
+            _add(weights, {n: PackedWeight.from_json(n, w) for n, w in _dict(said, "weights", name).items()}, name)
             _add(tied, _dict(said, "tied", name), name)
         _check_tensors(found, weights)
         names = weights.keys() | found.keys()
@@ -127,7 +138,7 @@ class Manifest:
         return cls(folder, found, weights, tied)
 
 
-def metadata(weights: Mapping[str, Weight], tied: Mapping[str, str]) -> dict[str, str]:
+def metadata(weights: Mapping[str, PackedWeight], tied: Mapping[str, str]) -> dict[str, str]:
     """The metadata of a shard; "format" is for other readers of safetensors files."""
     about = {"version": VERSION, "layout": PLANES, "tied": dict(tied)}
     said = json.dumps({**about, "weights": {name: weight.to_json() for name, weight in weights.items()}})
@@ -201,7 +212,7 @@ def _open(shard: File) -> tuple[dict[str, Entry], Any]:
         raise CheckpointError(f"fp6: {error}") from error
 
 
-def _check_tensors(found: Mapping[str, Entry], weights: Mapping[str, Weight]) -> None:
+def _check_tensors(found: Mapping[str, Entry], weights: Mapping[str, PackedWeight]) -> None:
     for name, weight in weights.items():
         for suffix, (dtype, shape) in weight.tensors().items():
             entry = found.get(f"{name}.{suffix}")
@@ -228,9 +239,10 @@ def _add(known: dict[str, Any], new: Mapping[str, Any], where: str) -> None:
 
 
 def _dict(said: Any, key: str, where: str) -> dict[str, Any]:
-    if not isinstance(said.get(key), dict):
+    found = said.get(key)
+    if not isinstance(found, dict):
         raise CheckpointError(f"fp6: {where} has no table {key!r}")
-    return said[key]
+    return found
 
 
 def _digest(value: Any) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fp6_compile.formats import FORMATS
 from fp6_compile.layouts.packing import PLANES, pack
-from fp6_compile.packed.slots import Slot, slots, undone_on_error, usable
+from fp6_compile.packed.slots import Slot, slots, undone_on_error, usable_device
 from fp6_compile.packed.tensor import DTYPES, PackedTensor
 from fp6_compile.report import LinearReport, Report, log_report, progress
 from fp6_compile.storage.safetensors import Entry, folder_entries, read
@@ -41,11 +41,13 @@ def is_mx(folder: str | os.PathLike[str]) -> bool:
     return (quantization(Path(folder)) or {}).get("quant_method") == "quark"
 
 
-def load_mx(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.device | str | None = None) -> Report:
+def load_quark_mxfp6(
+    model: nn.Module, folder: str | os.PathLike[str], *, device: torch.device | str | None = None
+) -> Report:
     """Give `model` the weights of an MXFP6 checkpoint: quantized ones as PackedTensors in groups of 32, the rest unchanged.
 
     Args:
-        model: of the checkpoint's class and configuration, best made under `empty_parameters()`.
+        model: of the checkpoint's class and configuration, best made under `init_empty_weights()`.
         folder: config.json and safetensors files.
         device: where to; None leaves every tensor where it is (a CPU for the meta device).
 
@@ -55,7 +57,7 @@ def load_mx(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.d
             were on the meta device are there again.
         FileNotFoundError, ImportError: no safetensors files; no safetensors library.
     """
-    folder, chosen = Path(folder), usable(device)
+    folder, chosen = Path(folder), usable_device(device)
     config = quantization(folder) or {}
     if config.get("quant_method") != "quark":
         raise ValueError(f"fp6: {folder}: config.json has no quantization_config of quant_method 'quark'")
@@ -67,9 +69,7 @@ def load_mx(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.d
             plan = plans[id(slot)]
             if plan is None:
                 continue
-            target = chosen or slot.tensor.device
-            target = torch.device("cpu") if target.type == "meta" else target
-            tensors = [tensor for _, tensor in read(plan[1], target)]
+            tensors = [tensor for _, tensor in read(plan[1], slot.device(chosen))]
             if len(tensors) == 1:
                 slot.put(tensors[0].to(slot.tensor.dtype))
             else:

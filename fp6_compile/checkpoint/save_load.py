@@ -20,10 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fp6_compile.checkpoint.manifest import INDEX, CheckpointError, Manifest, Weight, index_text, metadata, shards_of
+from fp6_compile.checkpoint.manifest import (
+    INDEX,
+    CheckpointError,
+    Manifest,
+    PackedWeight,
+    index_text,
+    metadata,
+    shards_of,
+)
 from fp6_compile.layouts.packing import PLANES
 from fp6_compile.packed import low_rank as lowrank
-from fp6_compile.packed.slots import Slot, slots, undone_on_error, usable
+from fp6_compile.packed.slots import Slot, slots, undone_on_error, usable_device
 from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.report import LinearReport, Report, progress
 from fp6_compile.storage.files import short
@@ -33,7 +41,7 @@ _SHARD_BYTES = 4 << 30
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, shard_bytes: int = _SHARD_BYTES) -> None:
-    """Write all parameters and buffers of `model` to `folder`, packed ones in canonical planes. Atomic.
+    """Write all parameters and buffers of `model` to `folder`, packed ones in canonical bit planes. Atomic.
 
     Buffers that are not persistent are written too: a model that is made on the meta device has no other source of them.
 
@@ -81,7 +89,7 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.devi
         ImportError: no safetensors library.
     """
     safetensors()
-    model, target = getattr(model, "_orig_mod", model), usable(device)
+    model, target = getattr(model, "_orig_mod", model), usable_device(device)
     manifest = Manifest.read(Path(folder))
     found = {name: slot for slot in slots(model) for name in slot.names}
     grown = _growth(model, found, manifest)
@@ -103,11 +111,11 @@ def load(model: nn.Module, folder: str | os.PathLike[str], *, device: torch.devi
     for slot in grown.values():
         linear, attribute = slot.owners[0]
         lowrank.grow(linear, attribute, getattr(linear, attribute))
-    return Report(tuple(lines), ", ".join(sorted({weight.format for weight in manifest.weights.values()})))
+    return Report(tuple(lines), ", ".join(sorted({weight.spec.format for weight in manifest.weights.values()})))
 
 
 def _growth(model: nn.Module, found: dict[str, Slot], manifest: Manifest) -> dict[str, Slot]:
-    """Places for what the folder has and the model could grow: factors, biases (lowrank.py)."""
+    """Slots for tensors of the folder that linears of the model can be given: factors, biases (low_rank.py)."""
     entries = manifest.plain | {alias: manifest.plain[n] for alias, n in manifest.tied.items() if n in manifest.plain}
     new = {name: entry for name, entry in entries.items() if name not in found}
     owners = lowrank.growth(model, {name: entry.shape for name, entry in new.items()})
@@ -118,8 +126,7 @@ def _growth(model: nn.Module, found: dict[str, Slot], manifest: Manifest) -> dic
 
 
 def _fill(slot: Slot, name: str, manifest: Manifest, device: torch.device | None) -> None:
-    target = device or slot.tensor.device
-    target = torch.device("cpu") if target.type == "meta" else target
+    target = slot.device(device)
     if name in manifest.plain:
         slot.put(manifest.plain[name].read(target))
     else:
@@ -129,8 +136,8 @@ def _fill(slot: Slot, name: str, manifest: Manifest, device: torch.device | None
 def _read_packed(manifest: Manifest, name: str, device: torch.device) -> PackedTensor:
     weight = manifest.weights[name]
     *planes, scale = (t for _, t in read((manifest.entries[f"{name}.{s}"] for s in weight.tensors()), device))
-    how = (weight.format, weight.group_size, weight.shape[1], weight.dtype)
-    return PackedTensor.from_planes(planes, scale, *how)
+    spec = weight.spec
+    return PackedTensor.from_planes(planes, scale, spec.format, spec.group_size, spec.k, spec.dtype)
 
 
 def _line(slot: Slot) -> LinearReport:
@@ -141,16 +148,14 @@ def _line(slot: Slot) -> LinearReport:
 
 @dataclass
 class _Shard:
-    """The places of one file."""
+    """The slots of one file."""
 
     slots: list[Slot] = field(default_factory=list)
 
     @property
-    def weights(self) -> dict[str, Weight]:
+    def weights(self) -> dict[str, PackedWeight]:
         packed = {p.names[0]: p.tensor for p in self.slots if isinstance(p.tensor, PackedTensor)}
-        return {
-            n: Weight(t.spec.format, t.spec.group_size, (t.shape[0], t.shape[1]), t.dtype) for n, t in packed.items()
-        }
+        return {n: PackedWeight(t.spec._replace(layout=PLANES, k=t.shape[1]), t.shape[0]) for n, t in packed.items()}
 
     @property
     def tied(self) -> dict[str, str]:
@@ -168,7 +173,7 @@ class _Shard:
         return found
 
     def tensors(self) -> Iterator[Tensor]:
-        """The tensors of `layout`; canonical planes exist one weight at a time."""
+        """The tensors of `layout`; canonical bit planes exist one weight at a time."""
         for slot in self.slots:
             if isinstance(slot.tensor, PackedTensor):
                 packed = slot.tensor.repack(PLANES)
@@ -206,7 +211,7 @@ def _check_can_be_saved(model: nn.Module) -> None:
 
 
 def _check_fits(found: dict[str, Slot], manifest: Manifest) -> None:
-    stored: dict[str, Entry | Weight] = {**manifest.plain, **manifest.weights}
+    stored: dict[str, Entry | PackedWeight] = {**manifest.plain, **manifest.weights}
     stored |= {alias: stored[name] for alias, name in manifest.tied.items()}
     missing, extra = sorted(found.keys() - stored.keys()), sorted(stored.keys() - found.keys())
     if missing or extra:

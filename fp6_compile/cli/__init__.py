@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--scale", default="absmax", choices=SCALES, help="default: absmax")
     command.add_argument(
-        "--skip", action="append", default=[], metavar="GLOB", help="modules to leave alone; may be repeated"
+        "--skip", action="append", default=[], metavar="GLOB", help="modules that are not quantized; may be repeated"
     )
     command.add_argument(
         "--dtype", default="auto", choices=["auto", "float16", "bfloat16"], help="default: the folder's own"

@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 import fp6_compile
-from fp6_compile.checkpoint.manifest import INDEX, Manifest, Weight
-from fp6_compile.checkpoint.mx import is_mx, load_mx
+from fp6_compile.checkpoint.manifest import INDEX, Manifest, PackedWeight
+from fp6_compile.checkpoint.mx import is_mx, load_quark_mxfp6
 from fp6_compile.checkpoint.save_load import save
 from fp6_compile.cli.folder import empty_model
 from fp6_compile.cli.table import table
 from fp6_compile.cli.token import one_token
+from fp6_compile.config import QuantConfig
 from fp6_compile.packed.quantize_model import quantize_
 from fp6_compile.report import size_text
 from fp6_compile.storage.files import member, read_json
@@ -42,7 +43,7 @@ _WEIGHTS = (
 
 def quantize(arguments: argparse.Namespace) -> int:
     """Pack the linears of a transformers model and save it in DST, with SRC's other files beside it. One tensor at a time:
-    the 16-bit model need not fit in memory. An MXFP6 folder of AMD Quark's is taken over as it is, exactly; FP8 and int8
+    the 16-bit model need not fit in memory. An MXFP6 folder of AMD Quark's is converted exactly; FP8 and int8
     weights with scales are dequantized first."""
     source, target = arguments.source, arguments.target
     if source.resolve() == target.resolve():
@@ -52,15 +53,10 @@ def quantize(arguments: argparse.Namespace) -> int:
     model = empty_model(source, arguments.dtype, arguments.trust_remote_code)
     others = _others(source)
     if is_mx(source):
-        report = load_mx(model, source, device=arguments.device)
+        report = load_quark_mxfp6(model, source, device=arguments.device)
     else:
-        how = {
-            "format": arguments.format,
-            "group_size": arguments.group_size,
-            "scale": arguments.scale,
-            "skip": arguments.skip,
-        }
-        report = quantize_(model, **how, device=arguments.device, source=source)
+        config = QuantConfig(arguments.format, arguments.group_size, arguments.scale, arguments.skip)
+        report = quantize_(model, config, device=arguments.device, source=source)
     print(report)
     if not report.quantized:
         raise ValueError("no linear was packed, so nothing is saved (a float32 model: try --dtype bfloat16)")
@@ -140,8 +136,8 @@ def inspect(arguments: argparse.Namespace) -> int:
         about = (
             name.removesuffix(".weight"),
             "x".join(map(str, weight.shape)),
-            weight.format,
-            str(weight.group_size or "row"),
+            weight.spec.format,
+            str(weight.spec.group_size or "row"),
         )
         rows.append((*about, str(weight.dtype).removeprefix("torch."), size_text(count), f"{8 * count / used:.2f}"))
     table(rows)
@@ -154,5 +150,5 @@ def inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _bytes(manifest: Manifest, name: str, weight: Weight) -> int:
+def _bytes(manifest: Manifest, name: str, weight: PackedWeight) -> int:
     return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in weight.tensors().values())

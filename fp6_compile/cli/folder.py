@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp6_compile.packed.slots import empty_parameters
+from fp6_compile.packed.slots import init_empty_weights
 from fp6_compile.storage.files import member, read_json, reason, short
 
 
@@ -46,7 +46,7 @@ def empty_model(folder: Path, dtype: str, trust_remote_code: bool) -> nn.Module:
         del config.quantization_config
     chosen = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     before = torch.get_default_dtype()
-    with empty_parameters():
+    with init_empty_weights():
         torch.set_default_dtype(chosen or before)
         try:
             model: nn.Module = make(config)

@@ -50,9 +50,10 @@ def _compare(manifest: Manifest, name: str, original: Tensor) -> tuple[str, floa
     if tuple(original.shape) != tuple(weight.shape) or not original.is_floating_point():
         return f"SRC has {original.dtype} {list(original.shape)}", None
     *planes, scale = (t for _, t in read(manifest.entries[f"{name}.{suffix}"] for suffix in weight.tensors()))
-    fmt, original = get_format(weight.format), original.float()
+    fmt, original = get_format(weight.spec.format), original.float()
     codes = unpack(planes, fmt, PLANES, *weight.shape)
-    per_weight = scale.T.repeat_interleave(weight.group_size or weight.shape[1], 1)[:, : weight.shape[1]]
+    group_size = weight.spec.group_size
+    per_weight = scale.T.repeat_interleave(group_size or weight.shape[1], 1)[:, : weight.shape[1]]
     nearest = torch.equal(fmt.encode(original / per_weight), codes)
-    noise = sqnr(original, dequantize(codes, scale, fmt, weight.group_size, torch.float32))
+    noise = sqnr(original, dequantize(codes, scale, fmt, group_size, torch.float32))
     return "same" if nearest else "codes are not the nearest", noise

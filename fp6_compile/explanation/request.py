@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fp6_compile.fake_gpu.devices import Device
-from fp6_compile.layouts.packing import Spec
+from fp6_compile.layouts.spec import PackingSpec
 from fp6_compile.packed.tensor import PackedTensor
 
 try:
@@ -56,7 +56,7 @@ class TensorInfo(NamedTuple):
     device: str
     requires_grad: bool
     is_parameter: bool
-    packed: tuple[Spec, tuple[int, ...]] | None
+    packed: tuple[PackingSpec, tuple[int, ...]] | None
     marks: dict[str, Any]
 
 

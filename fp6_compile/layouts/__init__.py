@@ -1,6 +1,7 @@
 """How the codes of a weight lie in memory.
 
 packing     codes <-> bit planes, in each layout    <- start here
+spec        how a packed weight is read: format, layout, group_size
 gpu_tiles   the layouts that the GPU kernels read
 """
 

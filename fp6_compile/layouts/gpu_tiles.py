@@ -101,7 +101,7 @@ def words(fmt: Format) -> tuple[int, ...]:
 
 @functools.cache
 def terms(fmt: Format, dtype: torch.dtype) -> tuple[tuple[Term, ...], ...]:
-    """For each of the 8 chunks, the terms whose union is its weight in float position; words count through all planes."""
+    """For each of the 8 chunks, the terms whose union is its weight in float position; words are counted across planes."""
     if (fmt.name, dtype) in LANES:
         return tuple(weight for lane in LANES[fmt.name, dtype].lanes for weight in _of_lane(lane, fmt, dtype))
     return tuple(_of_planes(chunk, fmt, dtype) for chunk in range(CHUNKS_PER_BLOCK))
@@ -117,13 +117,13 @@ def _of_lane(lane: Lane, fmt: Format, dtype: torch.dtype) -> tuple[tuple[Term, .
 
 
 def _of_planes(chunk: int, fmt: Format, dtype: torch.dtype) -> tuple[Term, ...]:
-    found, first_word, taken = [], 0, 0
+    found, first_word, done = [], 0, 0
     for width, count in zip(fmt.planes, words(fmt), strict=True):
         word, at = divmod(chunk * width, 16)
-        for code_bit in range(taken, taken + width):
+        for code_bit in range(done, done + width):
             to = 15 if code_bit == fmt.bits - 1 else code_bit + fmt.shift(dtype)
-            found.append(Term(first_word + word, at + code_bit - taken - to, 1 << to))
-        first_word, taken = first_word + count, taken + width
+            found.append(Term(first_word + word, at + code_bit - done - to, 1 << to))
+        first_word, done = first_word + count, done + width
     return _joined(found)
 
 
@@ -136,7 +136,7 @@ def _joined(parts: Sequence[Term]) -> tuple[Term, ...]:
 
 
 def pack(codes: Tensor, fmt: Format, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The planes of codes [N, K] (uint8) in the GPU tile layout of `dtype`."""
+    """The bit planes of codes [N, K] (uint8) in the GPU tile layout of `dtype`."""
     n, k = codes.shape
     codes = F.pad(codes, (0, -k % BLOCK_K, 0, -n % ROWS)).to(torch.int32)
     placed = (codes & fmt.sign) << (16 - fmt.bits) | (codes & (fmt.sign - 1)) << fmt.shift(dtype)

@@ -1,8 +1,9 @@
-"""Codes <-> bytes: the canonical planes that are stored, and the device layouts that the kernels read.
+"""Codes <-> bit planes: in the canonical layout, which is stored, and in the layouts that the kernels of devices read.
 
-Six bits do not divide a machine word, so a code is split into its low four bits and its high two (ZeroQuant(4+2);
-FP6-LLM, section 5.2), kept in two tensors, `w4` and `w2`, that both load aligned. So for every width: `Format.planes` are
-4 + 1 for five bits, 4 + 2 + 1 for seven, the low bits first, and a plane's name is its width.
+Six bits do not divide a machine word, so a code is split into its low four bits and its high two (ZeroQuant(4+2); FP6-LLM,
+section 5.2). Each part is a bit plane, a tensor of its own, `w4` and `w2`, and both can be loaded aligned. Other widths are
+split in the same way, the low bits first: 4 + 1 for five bits, 4 + 2 + 1 for seven (`Format.planes`). A bit plane is named
+after its width.
 
 "planes.v1" (canonical; checkpoints; and the C++ kernel, for other widths than six), little end first along K, K padded with
 code 0 so that all planes end with a byte (six bits: to a multiple of 4):
@@ -17,8 +18,9 @@ code 0 so that all planes end with a byte (six bits: to a multiple of 4):
     w4 [N/4, K/64, 2, 64] uint8    A: row 0 in the low six bits of each byte; B: row 1     top two bits of A, B and C:
     w2 [N/4, K/64,    64] uint8    C: row 2                                                row 3, from its low bits on
 
-so that the first three rows, as they are, index a look-up that ignores high bits. Byte 16 l + i of a vector belongs to input
-8 l + i, byte 16 l + 8 + i to input 32 + 8 l + i (i < 8), the order that interleaving in 128-bit lanes undoes.
+so that the bytes of the first three rows, as they are, index a table look-up that ignores high bits. Byte 16 l + i of a
+vector belongs to input 8 l + i, byte 16 l + 8 + i to input 32 + 8 l + i (i < 8), the order that interleaving in 128-bit
+lanes undoes.
 """
 
 from __future__ import annotations
@@ -42,17 +44,6 @@ LAYOUTS = (PLANES, *GPU_LAYOUTS.values(), CPU)
 TILE_ROWS, TILE_K = 4, 64
 
 
-class Spec(NamedTuple):
-    """All there is to a packed weight beside its tensors: one graph, one cache entry, for all weights of the same."""
-
-    format: str
-    layout: str
-    group_size: int | None
-    k: int
-    dtype: torch.dtype
-    transposed: bool = False
-
-
 def layout_for(device: torch.device, dtype: torch.dtype, fmt: Format) -> str:
     """The layout that `fp6::mm` reads fastest on `device` with activations of `dtype`."""
     if device.type == "cpu":
@@ -66,7 +57,7 @@ def gpu_layout(dtype: torch.dtype) -> str:
 
 
 def pack(codes: Tensor, fmt: Format, layout: str) -> tuple[Tensor, ...]:
-    """The planes, low bits first, of codes [N, K] (uint8) in `layout`: see this module's docstring."""
+    """The bit planes, low bits first, of codes [N, K] (uint8) in `layout`: see this module's docstring."""
     if layout == PLANES:
         return _pack_planes(codes, fmt)
     if layout == CPU and fmt.bits == 6:
@@ -94,7 +85,7 @@ def pack_rows(
     layout: str,
     granularity: int = 1,
 ) -> list[Tensor]:
-    """The planes of a weight [n, k] whose `codes` are made for some rows at a time, multiples of `granularity`."""
+    """The bit planes of a weight [n, k] whose `codes` are made for some rows at a time, multiples of `granularity`."""
     planes: list[Tensor] = []
     per_index = rows_per_index(layout)
     for rows in row_blocks(n, k, device, max(granularity, per_index)):
@@ -108,7 +99,7 @@ def pack_rows(
 def pack_quantized(
     weight: Tensor, fmt: Format, layout: str, group_size: int | None, scale: str
 ) -> tuple[list[Tensor], Tensor]:
-    """Planes and scales of `weight`, of some rows at a time. Raises ValueError as quantize.quantize does."""
+    """Bit planes and scales of `weight`, made some rows at a time. Raises ValueError as quantize.quantize does."""
     scales: list[Tensor] = []
 
     def codes(rows: slice) -> Tensor:
@@ -126,7 +117,7 @@ def pack_quantized(
 
 
 def repack(planes: Sequence[Tensor], fmt: Format, source: str, target: str, n: int, k: int) -> list[Tensor]:
-    """Planes of a weight [n, k] in layout `source`, in layout `target`."""
+    """The bit planes of a weight [n, k] in layout `source`, in layout `target`."""
     per_index = rows_per_index(source)
 
     def codes(rows: slice) -> Tensor:
@@ -137,31 +128,31 @@ def repack(planes: Sequence[Tensor], fmt: Format, source: str, target: str, n: i
 
 
 def plane_names(fmt: Format) -> tuple[str, ...]:
-    """What the planes of `fmt` are called, in the order of `pack`: w4 and w2 for six bits."""
+    """What the bit planes of `fmt` are called, in the order of `pack`: w4 and w2 for six bits."""
     return tuple(f"w{width}" for width in fmt.planes)
 
 
 def canonical_shapes(fmt: Format, n: int, k: int) -> tuple[tuple[int, int], ...]:
-    """Shapes of the canonical planes of a weight [n, k], in the order of `pack`."""
+    """Shapes of the canonical bit planes of a weight [n, k], in the order of `pack`."""
     granularity = _plane_granularity(fmt)
     padded = -(-k // granularity) * granularity
     return tuple((n, padded * width // 8) for width in fmt.planes)
 
 
 def rows_per_index(layout: str) -> int:
-    """How many weight rows one index of the leading dimension of the planes holds."""
+    """How many weight rows one index of the leading dimension of the bit planes holds."""
     return {PLANES: 1, CPU: TILE_ROWS}.get(layout, ROWS)
 
 
 class Held(NamedTuple):
-    """Inputs that planes hold, padding included, and what their number was padded to a multiple of."""
+    """Inputs that bit planes hold, padding included, and what their number was padded to a multiple of."""
 
     inputs: int
     granularity: int
 
 
 def inputs_held(planes: Sequence[Tensor], fmt: Format, layout: str) -> Held:
-    """How many inputs planes of `layout` hold."""
+    """How many inputs bit planes of `layout` hold."""
     if layout == PLANES:
         return Held(8 // fmt.planes[0] * planes[0].shape[1], _plane_granularity(fmt))
     if layout == CPU:
@@ -190,11 +181,11 @@ def _pack_planes(codes: Tensor, fmt: Format) -> tuple[Tensor, ...]:
 
 
 def _unpack_planes(planes: Sequence[Tensor], fmt: Format) -> Tensor:
-    codes, taken = None, 0
+    codes, done = None, 0
     for plane, width in zip(planes, fmt.planes, strict=True):
         parts = [plane >> shift & (1 << width) - 1 for shift in range(0, 8, width)]
-        low = torch.stack(parts, -1).flatten(1) << taken
-        codes, taken = low if codes is None else codes | low, taken + width
+        low = torch.stack(parts, -1).flatten(1) << done
+        codes, done = low if codes is None else codes | low, done + width
     assert codes is not None
     return codes
 
@@ -217,4 +208,5 @@ def _unpack_tiles(w4: Tensor, w2: Tensor) -> Tensor:
     a, b = w4.unbind(2)
     last = a >> 6 | b >> 6 << 2 | w2 >> 6 << 4
     tiles = torch.stack([a & 63, b & 63, w2 & 63, last], 1)  # [N/4, 4, K/64, 64]
-    return tiles.unflatten(3, (4, 2, 8)).transpose(3, 4).flatten(2).flatten(0, 1)
+    codes: Tensor = tiles.unflatten(3, (4, 2, 8)).transpose(3, 4)  # [N/4, 4, K/64, half, lane, 8]
+    return codes.flatten(2).flatten(0, 1)

@@ -1,8 +1,8 @@
 """Packed weights as tensors, and models of them.
 
 tensor           PackedTensor: a packed weight that stays the parameter of its nn.Linear    <- start here
-dispatch         what it can do beside multiplying
-held             its bit planes and scale, shared with its aliases, replaced as a whole
+dispatch         what operators do with it
+held             its data: bit planes and scale, shared with its aliases, and how to read them
 slots            a model's tensors and all their names
 quantize_model   quantize_: a model's linears in place, one by one
 budget           which format each weight gets at a given size

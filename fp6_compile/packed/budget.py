@@ -1,14 +1,14 @@
 """Which format each weight gets, so that a model's error is least at a given size.
 
-The model's error is taken to be the sum of the errors of its weights, each times the weight's sensitivity: the second-order
-model of HAWQ-V2 (arXiv 1911.03852, section 3). One choice per weight under a sum of sizes is a knapsack. Its Lagrangian
-relaxation (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 36 (9),
-1988) is solved by walking: from the smallest choices, always the step along a weight's convex hull that saves most error
-per bit.
+The model's error is assumed to be the sum of the errors of its weights, each times the weight's sensitivity: the
+second-order model of HAWQ-V2 (arXiv 1911.03852, section 3). One choice per weight under a sum of sizes is a knapsack. Its
+Lagrangian relaxation (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers", IEEE Trans. ASSP 36
+(9), 1988) is solved step by step: from the smallest choices on, always the step along a weight's convex hull that saves most
+error per bit.
 
 Errors are relative: the squared error of a weight over its squares, which is about that of the layer's output. How much the
-model suffers from one can be measured (`fp6_compile.sensitivities`). If it was not, it is taken to be the number of weights
-times their root mean square: the geometric mean of "all relative errors are alike" and "all absolute errors are"
+model suffers from one can be measured (`fp6_compile.sensitivities`). If it was not, it is assumed to be the number of
+weights times their root mean square: the geometric mean of "all relative errors are alike" and "all absolute errors are"
 (docs/log.md).
 """
 
@@ -46,7 +46,7 @@ def choose_formats(
 ) -> list[Format]:
     """For every weight [N, K] the format with which the error of all is least at `target_bits` a weight, scales counted.
 
-    `weights` come with their sensitivity, the loss for each unit of relative squared error, or None; they are looked at one
+    `weights` come with their sensitivity, the loss for each unit of relative squared error, or None; they are read one
     at a time. Raises ValueError if the candidates with the fewest bits take more than that.
     """
     choices, count = [], 0
@@ -88,8 +88,8 @@ def allocate(choices: Sequence[Sequence[Choice]], budget: float) -> list[int]:
     Raises ValueError if the smallest choices are larger than that.
     """
     hulls = [_hull(of_weight) for of_weight in choices]
-    taken = [hull[0] for hull in hulls]
-    left = budget - sum(choices[weight][index].size for weight, index in enumerate(taken))
+    chosen = [hull[0] for hull in hulls]
+    left = budget - sum(choices[weight][index].size for weight, index in enumerate(chosen))
     if left < 0:
         raise ValueError(f"budget: got {budget:.0f} bits, the smallest choices take {budget - left:.0f}")
     steps = [
@@ -100,9 +100,9 @@ def allocate(choices: Sequence[Sequence[Choice]], budget: float) -> list[int]:
     # Steepest first; on a convex hull a weight's own steps then come in their order.
     for _, weight, here, there in sorted(steps):
         size = choices[weight][there].size - choices[weight][here].size
-        if taken[weight] == here and size <= left:
-            taken[weight], left = there, left - size
-    return taken
+        if chosen[weight] == here and size <= left:
+            chosen[weight], left = there, left - size
+    return chosen
 
 
 def _slope(a: Choice, b: Choice) -> float:

@@ -1,15 +1,15 @@
-"""What a PackedTensor can do: one function for each operator, by name. All else is an error that says the way out.
+"""What a PackedTensor can do: one function for each operator. Any other operator is an error that says the way out.
 
 A copy or a view keeps the codes; a matmul of the transposed weight is `fp6::mm`; a slice is cut out of the codes and packed
 anew, so that it is the packing of the slice (and holds on to no more memory than it needs). Composite operators, such as
-`linear`, `chunk` or `narrow`, are taken apart into these.
+`linear`, `chunk` or `narrow`, are decomposed into these.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,7 @@ from fp6_compile._compat.torch import (
 )
 from fp6_compile.formats import get_format
 from fp6_compile.layouts.packing import layout_for, pack
-
-if TYPE_CHECKING:
-    from fp6_compile.packed.tensor import PackedTensor
+from fp6_compile.packed.held import PackedBase
 
 aten = torch.ops.aten
 _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
@@ -40,7 +38,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _IMPLEMENTATIONS[func](func, args, kwargs)
     if dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return func.decompose(*args, **kwargs)
-    weight = next(leaf for leaf in tree_leaves((args, kwargs)) if _is_packed(leaf))
+    weight = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PackedBase))
     raise NotImplementedError(
         f"fp6: {func} is not defined for {weight!r}; it can multiply (F.linear, x @ W.T), move, be copied and sliced. "
         "weight.dequantize() is an ordinary tensor"
@@ -49,14 +47,14 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def linear(input: Tensor, weight: Any, bias: Tensor | None = None) -> Tensor:
     """F.linear of arguments of which at least one is a PackedTensor."""
-    if not _is_packed(weight) or weight.spec.transposed:
+    if not isinstance(weight, PackedBase) or weight.spec.transposed:
         with DisableTorchFunctionSubclass():
             return F.linear(input, weight, bias)
-    out = weight.mm(input)
+    out = mm(input, weight)
     return out if bias is None else out + bias.to(out.dtype)
 
 
-def mm(x: Tensor, weight: PackedTensor) -> Tensor:
+def mm(x: Tensor, weight: PackedBase) -> Tensor:
     """`x @ W.T`: PackedTensor.mm."""
     spec = weight.spec
     device = x.device.type
@@ -70,11 +68,8 @@ def mm(x: Tensor, weight: PackedTensor) -> Tensor:
         raise RuntimeError(f"fp6: x has {has}, the weight [{scale.shape[1]}, {spec.k}] takes {spec.k}")
     if torch.is_grad_enabled() and weight.requires_grad:
         raise RuntimeError("fp6: a packed weight cannot be trained: leave requires_grad False")
-    return torch.ops.fp6.mm(x, planes, scale, spec.format, spec.layout, spec.group_size)
-
-
-def _is_packed(value: Any) -> bool:
-    return hasattr(value, "planes") and isinstance(value, Tensor)
+    product: Tensor = torch.ops.fp6.mm(x, planes, scale, spec.format, spec.layout, spec.group_size)
+    return product
 
 
 def _implements(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -94,11 +89,12 @@ def _viewed(func: Any, args: Any, kwargs: Any, **changes: Any) -> Tensor:
     """A view of the weight args[0]; one of an ordinary tensor is an ordinary tensor in inference mode, too."""
     with torch.inference_mode(args[0].is_inference()):
         out = _same_planes(args[0], **changes)
-    return return_and_correct_aliasing(func, args, kwargs, out)
+    view: Tensor = return_and_correct_aliasing(func, args, kwargs, out)
+    return view
 
 
-def _same_planes(weight: PackedTensor, **changes: Any) -> PackedTensor:
-    """Another tensor of the same planes: what is written into either is in both."""
+def _same_planes(weight: PackedBase, **changes: Any) -> PackedBase:
+    """Another tensor of the same bit planes: what is written into either is in both."""
     out = weight.map(lambda t: t, **changes)
     out._held, out.is_part = weight._held, weight.is_part
     return out
@@ -114,12 +110,13 @@ def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 @_implements(aten.clone.default)
 def _clone(func: Any, args: Any, kwargs: Any) -> Tensor:
-    return args[0].map(torch.clone)
+    weight: PackedBase = args[0]
+    return weight.map(torch.clone)
 
 
 @_implements(aten._to_copy.default, aten.empty_like.default)
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
-    weight = args[0]
+    weight: PackedBase = args[0]
     device = torch.device(kwargs.get("device") or weight.device)
     dtype = kwargs.get("dtype") or weight.dtype
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -131,9 +128,9 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 @_implements(aten.copy_.default)
-def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
-    same = _is_packed(target) and _is_packed(source) and target.shape == source.shape
+    same = isinstance(target, PackedBase) and isinstance(source, PackedBase) and target.shape == source.shape
     if not same or _meaning(target) != _meaning(source):
         raise ValueError(
             f"fp6: cannot copy {_describe(source)} into {_describe(target)}: only packed weights of one shape, format, "
@@ -149,18 +146,20 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Tensor:
     return target
 
 
-def _meaning(weight: PackedTensor) -> tuple[Any, ...]:
+def _meaning(weight: PackedBase) -> tuple[Any, ...]:
     return weight.spec._replace(layout="")
 
 
 def _describe(value: Tensor) -> str:
-    return repr(value) if _is_packed(value) else f"a {value.dtype} tensor of shape {list(value.shape)}"
+    return repr(value) if isinstance(value, PackedBase) else f"a {value.dtype} tensor of shape {list(value.shape)}"
 
 
 @_implements(aten.equal.default)
 def _equal(func: Any, args: Any, kwargs: Any) -> bool:
     one, other = args
-    if not (_is_packed(one) and _is_packed(other)) or _meaning(one) != _meaning(other) or one.shape != other.shape:
+    if not (isinstance(one, PackedBase) and isinstance(other, PackedBase) and one.shape == other.shape):
+        return False
+    if _meaning(one) != _meaning(other):
         return False
     return torch.equal(one.codes(), other.codes()) and torch.equal(one.scale, other.scale)
 
@@ -192,7 +191,7 @@ def _split(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return [_cut(weight, dim, stop - size, stop, 1) for size, stop in zip(sizes, stops, strict=True)]
 
 
-def _cut(weight: PackedTensor, dim: int, start: int, stop: int, step: int) -> Tensor:
+def _cut(weight: PackedBase, dim: int, start: int, stop: int, step: int) -> Tensor:
     """Rows or inputs from `start` to `stop`, packed by themselves."""
     stop = max(start, stop)
     if step != 1:
@@ -202,7 +201,7 @@ def _cut(weight: PackedTensor, dim: int, start: int, stop: int, step: int) -> Te
         return _part(weight, (dim == 0) != weight.spec.transposed, start, stop)
 
 
-def _part(weight: PackedTensor, rows: bool, start: int, stop: int) -> Tensor:
+def _part(weight: PackedBase, rows: bool, start: int, stop: int) -> Tensor:
     spec = weight.spec
     if (start, stop) == (0, weight.scale.shape[1] if rows else spec.k):
         return _same_planes(weight)
@@ -226,18 +225,18 @@ def _part(weight: PackedTensor, rows: bool, start: int, stop: int) -> Tensor:
 
 
 @_implements(aten.mm.default)
-def _mm(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _mm(func: Any, args: Any, kwargs: Any) -> Any:
     x, weight = args
-    if not _is_packed(weight):
+    if not isinstance(weight, PackedBase):
         # W @ x, [N, K] by [K, M]; autograd's x.grad of F.linear is the other way round.
         return _mm(func, (weight.t(), x.t()), {}).t()
     if weight.spec.transposed:
-        return weight.mm(x)
+        return mm(x, weight)
     return x @ weight.dequantize()
 
 
 @_implements(aten.addmm.default)
-def _addmm(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _addmm(func: Any, args: Any, kwargs: Any) -> Any:
     bias, x, weight = args
     product = (
         _mm(func, (x, weight), {}) * kwargs.get("alpha", 1)
@@ -248,6 +247,6 @@ def _addmm(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 @_implements(aten.mv.default)
-def _mv(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _mv(func: Any, args: Any, kwargs: Any) -> Any:
     weight, x = args
     return _mm(func, (x.unsqueeze(0), weight.t()), {}).squeeze(0)

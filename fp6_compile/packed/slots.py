@@ -1,4 +1,4 @@
-"""Where a model's tensors are: each once, with all its names, so that what is put in its place is put everywhere."""
+"""A model's parameters and buffers: each once, with all its names, so that replacing it replaces it everywhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Slot:
         self.tensor = value
 
     def join(self, other: Slot) -> None:
-        """Make `other` a part of this place: what is put here is put there, too."""
+        """Make `other` a part of this slot: what is put here is put there, too."""
         self.names, self.owners = self.names + other.names, self.owners + other.owners
 
     @property
@@ -40,6 +40,17 @@ class Slot:
         """Its name in reports: of a linear that has it, if one does."""
         linear = (n for n, (m, _) in zip(self.names, self.owners, strict=True) if isinstance(m, nn.Linear))
         return next(linear, self.names[0]).removesuffix(".weight")
+
+    @property
+    def modules(self) -> list[tuple[nn.Module, str]]:
+        """The modules that have it, with their fully qualified names."""
+        names = (name.rpartition(".")[0] for name in self.names)
+        return [(module, name) for name, (module, _) in zip(names, self.owners, strict=True)]
+
+    def device(self, chosen: torch.device | None) -> torch.device:
+        """Where its value goes: to the `chosen` device, or to where it is; a CPU for the meta device."""
+        device = chosen or self.tensor.device
+        return torch.device("cpu") if device.type == "meta" else device
 
     @property
     def is_persistent(self) -> bool:
@@ -59,17 +70,14 @@ def slots(model: nn.Module) -> list[Slot]:
     return list(found.values())
 
 
-def usable(device: torch.device | str | None) -> torch.device | None:
+def usable_device(device: torch.device | str | None) -> torch.device | None:
     """The device that an argument `device` names. ValueError if this machine has none such, or it holds no values."""
     if device is None:
         return None
     try:
         found = torch.empty(0, device=device).device
-    except (
-        RuntimeError,
-        AssertionError,
-        TypeError,
-    ) as error:  # torch's own: no such device, no such name, not built for it
+    # torch's own: no such device, no such name, not built for it
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device: got {device!r}: {str(error).splitlines()[0]}") from error
     if found.type == "meta":
         raise ValueError("device: got 'meta', needs one that holds values")
@@ -104,7 +112,7 @@ def _is_empty(tensor: Tensor | None) -> bool:
 
 
 @contextlib.contextmanager
-def empty_parameters() -> Iterator[None]:
+def init_empty_weights() -> Iterator[None]:
     """Modules made in this context have their parameters on the meta device, and their buffers where they belong.
 
     What `torch.device("meta")` does not give: buffers that are computed when the model is made (rotary frequencies), and

@@ -1,23 +1,23 @@
 """A packed weight as a tensor: what `quantize_` puts in the place of an nn.Linear's weight.
 
     PackedTensor [N, K], float16        what everyone sees: shape, dtype, device of the weight it stands for
-        w4, w2 (or others)              the planes of its format, in the layout of its device (packing.py)
+        w4, w2 (or others)              the bit planes of its format, in the layout of its device (packing.py)
         scale [G, N] float32
 
 It is an nn.Parameter like any other: it moves, is copied, saved, tied, sliced and sharded. Linear layers of it run
-`fp6::mm`; what else it can do is in dispatch.py, and everything beyond raises an error that says so. Under torch.compile it
-is a *traceable wrapper subclass* (torch/utils/_python_dispatch.py): its planes become inputs of the graph, and the graph has
-a `fp6::mm` where the linear was, with any backend.
+`fp6::mm`; what else it can do is in dispatch.py, and everything else raises an error that says so. Under torch.compile it
+is a *traceable wrapper subclass* (torch/utils/_python_dispatch.py): its bit planes become inputs of the graph, and the graph
+has a `fp6::mm` where the linear was, with any backend.
 
-`.to(device)` repacks the planes into the layout that the device's kernel reads. `.to(dtype)` changes the dtype that the
+`.to(device)` repacks the bit planes into the layout that the device's kernel reads. `.to(dtype)` changes the dtype that the
 weight is *presented in*, which activations must have and `dequantize()` rounds to; codes and scales stay as they are, so
-that `.bfloat16().half()` loses nothing. Pickles hold canonical planes and are repacked where they are loaded.
+that `.bfloat16().half()` loses nothing. Pickles hold canonical bit planes and are repacked where they are loaded.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -28,39 +28,26 @@ from torch import Tensor
 from fp6_compile import lowerings, ops  # noqa: F401  (ops defines fp6::mm)
 from fp6_compile._compat.torch import INDUCTOR_LOWERING, DisableTorchFunctionSubclass
 from fp6_compile.formats import AUTO, DEFAULT, get_format
-from fp6_compile.kernels.cpu import quantize as cpu
 from fp6_compile.kernels.pack import quantized
 from fp6_compile.layouts import packing
-from fp6_compile.layouts.packing import PLANES, Spec, layout_for, plane_names, unpack
+from fp6_compile.layouts.packing import PLANES, layout_for, plane_names
+from fp6_compile.layouts.spec import PackingSpec
 from fp6_compile.packed import dispatch
-from fp6_compile.packed.held import Held
+from fp6_compile.packed.held import PackedBase
 from fp6_compile.quantize import check, choose_format
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DATA: Any = Tensor.data
 
 
-class PackedTensor(Tensor):
-    """A weight [N, K] (or, transposed, [K, N]) in planes; see this module's docstring.
+class PackedTensor(PackedBase):
+    """A weight [N, K] (or, transposed, [K, N]) in bit planes; see this module's docstring.
 
     Args:
-        planes: of `spec.format` in `spec.layout`, as `packing.pack` returns them.
-        scale: [G, N] float32, on the planes' device.
+        planes: the bit planes of `spec.format` in `spec.layout`, as `packing.pack` returns them.
+        scale: [G, N] float32, on the device of the bit planes.
         spec: how to read them.
     """
-
-    spec: Spec
-    is_part = False  # cut out of another weight: a copy of its codes, so that writing it would not reach that weight
-
-    @staticmethod
-    def __new__(cls, planes: Sequence[Tensor], scale: Tensor, spec: Spec) -> PackedTensor:
-        n, k = scale.shape[1], spec.k
-        shape, strides = ((k, n), (1, k)) if spec.transposed else ((n, k), (k, 1))
-        return torch.Tensor._make_wrapper_subclass(cls, shape, strides=strides, dtype=spec.dtype, device=scale.device)
-
-    def __init__(self, planes: Sequence[Tensor], scale: Tensor, spec: Spec) -> None:
-        self._held = Held((*planes, scale))
-        self.spec = spec
 
     @classmethod
     def quantize(
@@ -83,7 +70,7 @@ class PackedTensor(Tensor):
         if format == "auto":
             format = choose_format([weight], [get_format(name) for name in AUTO], group_size, scale).name
         fmt, layout = get_format(format), layout_for(weight.device, dtype, get_format(format))
-        spec = Spec(format, layout, group_size, weight.shape[1], dtype)
+        spec = PackingSpec(format, layout, group_size, weight.shape[1], dtype)
         *planes, scales = quantized(weight, fmt, layout, group_size, scale)
         return cls(planes, scales, spec)
 
@@ -95,67 +82,16 @@ class PackedTensor(Tensor):
         fmt, (n, k) = get_format(format), codes.shape
         layout = layout_for(codes.device, dtype, fmt)
         planes = packing.pack_rows(lambda rows: codes[rows], n, k, codes.device, fmt, layout)
-        return cls(planes, scale, Spec(format, layout, group_size, k, dtype))
+        return cls(planes, scale, PackingSpec(format, layout, group_size, k, dtype))
 
     @classmethod
     def from_planes(
         cls, planes: Sequence[Tensor], scale: Tensor, format: str, group_size: int | None, k: int, dtype: torch.dtype
     ) -> PackedTensor:
-        """From canonical planes, as checkpoints hold them, in the layout of their device."""
-        return cls(planes, scale, Spec(format, PLANES, group_size, k, dtype)).repack(
+        """From canonical bit planes, as checkpoints hold them, in the layout of their device."""
+        return cls(planes, scale, PackingSpec(format, PLANES, group_size, k, dtype)).repack(
             layout_for(scale.device, dtype, get_format(format))
         )
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """(*planes, scale), of one state of the weight: another thread may write it."""
-        return self._held.tensors
-
-    @property
-    def planes(self) -> tuple[Tensor, ...]:
-        """The planes, the low bits' first."""
-        return self.tensors[:-1]
-
-    @property
-    def scale(self) -> Tensor:
-        """The scales [G, N] float32."""
-        return self.tensors[-1]
-
-    # What __tensor_flatten__ names.
-    w8 = property(lambda self: self._plane("w8"))
-    w4 = property(lambda self: self._plane("w4"))
-    w2 = property(lambda self: self._plane("w2"))
-    w1 = property(lambda self: self._plane("w1"))
-
-    def _plane(self, name: str) -> Tensor:
-        return self.tensors[plane_names(get_format(self.spec.format)).index(name)]
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of planes and scales; `nbytes` are those of the weight it stands for."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-    def codes(self) -> Tensor:
-        """The codes [N, K] (uint8), whether it is transposed or not."""
-        spec = self.spec
-        return unpack(self.planes, get_format(spec.format), spec.layout, self.scale.shape[1], spec.k)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as an ordinary tensor, of its own dtype unless another is given: value times scale, rounded once."""
-        how = (self.spec.format, self.spec.layout, self.spec.group_size, self.spec.k, dtype or self.dtype)
-        *planes, scale = self.tensors
-        weight = torch.ops.fp6.dequantize(planes, scale, *how)
-        return weight.t() if self.spec.transposed else weight
-
-    def repack(self, layout: str) -> PackedTensor:
-        """The same weight with its planes in another layout of `packing.LAYOUTS`."""
-        spec = self.spec
-        if layout == spec.layout:
-            return self
-        *planes, scale = self.tensors
-        fast = cpu.repack(planes, spec.layout, layout, scale.shape[1], spec.k)
-        new = fast or packing.repack(planes, get_format(spec.format), spec.layout, layout, scale.shape[1], spec.k)
-        return PackedTensor(new, scale.clone(), spec._replace(layout=layout))
 
     def move_to(self, planes: Sequence[Tensor], scale: Tensor, source: tuple[Tensor, ...]) -> None:
         """Read from `planes` and `scale`, rows of larger ones (merging.py says why), unless written since it was `source`.
@@ -174,19 +110,14 @@ class PackedTensor(Tensor):
         return dispatch.mm(x, self)
 
     def requires_grad_(self, requires_grad: bool = True) -> PackedTensor:
-        """Stays without: a packed weight is a constant. nn.Parameter and load_state_dict(assign=True) ask for it unasked."""
+        """Ignored: a packed weight is a constant. nn.Parameter and load_state_dict(assign=True) call this by themselves."""
         return self
 
-    def map(self, function: Callable[[Tensor], Tensor], **changes: Any) -> PackedTensor:
-        """`function` of every tensor inside, with changes to the spec."""
-        *planes, scale = self.tensors
-        return PackedTensor([function(p) for p in planes], function(scale), self.spec._replace(**changes))
-
-    def __tensor_flatten__(self) -> tuple[list[str], Spec]:
+    def __tensor_flatten__(self) -> tuple[list[str], PackingSpec]:
         return [*plane_names(get_format(self.spec.format)), "scale"], self.spec
 
     @classmethod
-    def __tensor_unflatten__(cls, inner: dict[str, Tensor], spec: Spec, size: Any, stride: Any) -> PackedTensor:
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], spec: PackingSpec, size: Any, stride: Any) -> PackedTensor:
         if INDUCTOR_LOWERING in sys.modules:  # someone compiles with Inductor, by whatever backend
             lowerings.register()
         return cls([inner[name] for name in plane_names(get_format(spec.format))], inner["scale"], spec)
@@ -215,7 +146,8 @@ class PackedTensor(Tensor):
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedTensor:
         if id(self) not in memo:
             memo[id(self)] = _like(self, self.clone())
-        return memo[id(self)]
+        copy: PackedTensor = memo[id(self)]
+        return copy
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _reduced(self, self.repack(PLANES))
@@ -232,13 +164,13 @@ class PackedTensor(Tensor):
     data = property(_DATA.__get__, _set_data)
 
     def share_memory_(self) -> PackedTensor:
-        """Move planes and scale to memory that processes share; a no-op where they are, and on GPUs."""
+        """Move bit planes and scale to memory that processes share; a no-op where they are, and on GPUs."""
         for tensor in self.tensors:
             tensor.share_memory_()
         return self
 
     def is_shared(self) -> bool:
-        """Whether other processes share planes and scale."""
+        """Whether other processes share bit planes and scale."""
         return all(tensor.is_shared() for tensor in self.tensors)
 
 
@@ -251,14 +183,12 @@ def _reduced(original: Tensor, packed: PackedTensor) -> tuple[Any, ...]:
     return _rebuild, (tuple(planes), scale, tuple(packed.spec), isinstance(original, torch.nn.Parameter))
 
 
-def _rebuild(planes: Sequence[Tensor], scale: Tensor, spec: tuple, is_parameter: bool) -> Tensor:
-    """Unpickling: canonical planes, on whatever device they were mapped to."""
-    packed = PackedTensor(planes, scale, Spec(*spec))
+def _rebuild(planes: Sequence[Tensor], scale: Tensor, spec: tuple[Any, ...], is_parameter: bool) -> Tensor:
+    """Unpickling, by the names in fp6_compile/__init__.py: in the layout of the device that the tensors were mapped to."""
+    packed = PackedTensor(planes, scale, PackingSpec(*spec))
     packed = packed.repack(layout_for(packed.device, packed.dtype, get_format(packed.spec.format)))
     return torch.nn.Parameter(packed, requires_grad=False) if is_parameter else packed
 
 
-# The second name is that of pickles written by 0.1.
-torch.serialization.add_safe_globals([_rebuild, (_rebuild, "fp6_compile.tensor._rebuild")])
-# To another process on this machine it goes as a tensor does: planes as they are, in memory that both share.
+# To another process on this machine it goes as a tensor does: bit planes as they are, in memory that both share.
 ForkingPickler.register(PackedTensor, lambda packed: _reduced(packed, packed))

@@ -1,4 +1,4 @@
-"""Checkpoints of 8-bit weights with scales: FP8 or int8, dequantized with them as they are read, or refused.
+"""Checkpoints of 8-bit weights with scales: FP8 or int8, dequantized with them as they are read. Others are errors.
 
     X.weight             F8_E4M3, F8_E5M2 or I8  [N, K]
     X.weight_scale       what each weight is multiplied by: one scale for all, one a row, or one a block; DeepSeek and
@@ -7,7 +7,7 @@
 
 Read are quant_method "fp8" (weight_block_size; without it one scale for all or one a row), "fbgemm_fp8" (rows) and
 "compressed-tensors" (symmetric, 8 bits), and folders that say nothing of it, with one scale for all or one a row. Scales of
-activations are not used: activations stay in 16 bits. Whatever else a config.json names is refused by its name.
+activations are not used: activations stay in 16 bits. Whatever else a config.json names is an error that names it.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _blocks(config: Mapping[str, Any] | None) -> list[Block]:
             return _compressed(config)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"fp6: source: not a quantization_config of compressed-tensors: {error!r}") from error
-    hint = ": fp6_compile.load_mx reads it" if method == "quark" else "; save the model in 16 bits first"
+    hint = ": fp6_compile.load_quark_mxfp6 reads it" if method == "quark" else "; save the model in 16 bits first"
     raise ValueError(
         f"fp6: source is quantized by quant_method {short(method)!r}; "
         f"read are 'fp8', 'fbgemm_fp8' and 'compressed-tensors'{hint}"

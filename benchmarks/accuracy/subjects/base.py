@@ -72,7 +72,7 @@ class Subject(ABC):
             pairs = zip(expected, batches, strict=True)
             return sum(self.distance(was, self.outputs(inputs)) for was, inputs in pairs)
 
-        return sensitivities(self.model, loss, float32=True)
+        return sensitivities(self.model, loss, include_float32=True)
 
 
 def half_precision(model: nn.Module) -> nn.Module:

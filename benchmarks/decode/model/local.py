@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.decode.loop import Forward
 from benchmarks.decode.model.weights import integers
-from fp6_compile import empty_parameters, quantize_
+from fp6_compile import init_empty_weights, quantize_
 
 
 def load(
@@ -32,7 +32,7 @@ def load(
     how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     if kind == "fp6":
         config = AutoConfig.from_pretrained(path, **how)
-        with empty_parameters():
+        with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         quantize_(model, source=path, device=device, skip=kept, **packing)
     else:

@@ -1,5 +1,5 @@
 """Weights that a matmul reads where linears.py does not look: inside of a function (bilinear, an LSTM, attention), or
-computed from parameters on the way (`weight * mask`, `a @ b`, weight_norm). None of them is taken, all of them are named.
+computed from parameters on the way (`weight * mask`, `a @ b`, weight_norm). None is quantized; all are reported.
 
 What a function does with its arguments is not looked up in a list: it is run, on the tensors without values that Dynamo has
 for it, and its operators are watched. What is computed from parameters alone is a weight as they are; what is computed from

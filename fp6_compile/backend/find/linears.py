@@ -6,7 +6,7 @@ of the `y = x @ W.T` kind (F.linear; W is [N, K]) or of the `y = x @ W` kind (Co
 the embedding that shares its weight with the head, keeps the weight it had.
 
 This looks only at names, and only to find the weights worth packing. That the packed weight then gives the same result in
-whatever those names become is the business of `fp6::dequantize`, which stands in its place (see backend.py).
+whatever those names become follows from `fp6::dequantize`, which stands in its place (graph.py).
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from fp6_compile._compat.torch import OpOverload, OpOverloadPacket, is_traceable_wrapper_subclass
-from fp6_compile.config import Options
+from fp6_compile.config import QuantConfig, SkipReason, skipped_by_kind, skipped_by_name
 from fp6_compile.kernels.triton.config import supports
 
 # Names of functions, methods and attributes alike: torch.matmul, x.matmul and `@` are all "matmul" or "__matmul__".
 _LINEAR = {"linear"}
 _MATMUL = {"matmul", "mm", "__matmul__"}
 _ADDMM = {"addmm"}
-# Matmuls whose weight is not taken, or not in this place (`W @ x`, addmm with alpha): they are reported as refused.
+# Matmuls whose weight is not quantized, or not in this operand (`W @ x`, addmm with alpha): it is reported as skipped.
 _OTHER_MATMULS = {*_MATMUL, *_ADDMM, "bmm", "baddbmm", "_grouped_mm", "grouped_mm"}
 # numpy_T, matrix_H and _get_data_attr are what torch 2.15 makes of `w.T`, `w.H` and `w.data`.
 _TRANSPOSES = {"T", "mT", "H", "mH", "t", "adjoint", "numpy_T", "matrix_H"}
 _SWAPS = {"transpose", "swapaxes", "swapdims"}
 # Views that may return the whole weight unchanged ...
 _CASTS = {"to", "type_as", "float", "half", "bfloat16", "contiguous", "clone", "detach", "data", "_get_data_attr"}
-# ... and those that cut or bend it: followed only to tell a weight that is refused from an input that is no weight.
+# ... and those that cut or bend it: followed only to tell a weight that is skipped from an input that is no weight.
 _VIEWS = {
     *("getitem", "__getitem__", "view", "reshape", "flatten", "chunk", "split", "split_with_sizes", "unbind", "narrow"),
     *("select", "slice", "expand", "squeeze", "unsqueeze", "index_select"),
@@ -87,28 +87,19 @@ def input_of(weight: Weight) -> Node | None:
     return None if function_name(matmul) == "einsum" else _arguments(matmul)[position]
 
 
-def refusal(weight: Weight, value: Tensor, names: list[str], options: Options) -> tuple[str, bool] | None:
-    """Why the weight cannot be taken, and whether the user asked for just that, so that `strict` is content; or None."""
-    if glob := options.skips(names):
-        return f"skipped by {glob!r}", True
-    if not isinstance(value, torch.nn.Parameter):
-        return "not an nn.Parameter", True
-    if reason := _unfit(weight, value, options):
-        return reason, False
-    if min(value.shape) < options.min_features:
-        return f"fewer than {options.min_features} inputs or outputs (min_features)", True
-    return None
-
-
-def _unfit(weight: Weight, value: Tensor, options: Options) -> str | None:
-    asked = (torch.float16, torch.bfloat16, *([torch.float32] if options.float32 else []))
-    no_kernel = supports(options.group_size) if value.is_cuda else None
-    # (whether it holds, what to say); the first that holds is the reason.
-    checks = [
+def skip_reason(
+    weight: Weight, value: Tensor, names: list[str], modules: list[tuple[nn.Module, str]], config: QuantConfig
+) -> SkipReason | None:
+    """Why the weight, called `names` and found in `modules`, is not quantized; None if it is."""
+    if reason := skipped_by_name(config, names, modules):
+        return reason
+    if not isinstance(value, nn.Parameter):
+        return SkipReason("not an nn.Parameter", True)
+    first = [
         (value.dim() != 2, f"a {value.dim()}-D weight"),
         (is_traceable_wrapper_subclass(value), f"a tensor subclass, {type(value).__name__}"),
-        (value.dtype not in (*asked, torch.float32), f"{value.dtype} weight"),
-        (value.dtype not in asked, "float32 weight, and options={'float32': True} was not given"),
+    ]
+    then = [
         (weight.mutated_by is not None, f"changed in the graph by {weight.mutated_by}"),
         (
             value.requires_grad and torch.is_grad_enabled(),
@@ -117,9 +108,8 @@ def _unfit(weight: Weight, value: Tensor, options: Options) -> str | None:
         (value.is_inference(), "made in inference mode, so that later changes could not be noticed"),
         (value.device.type not in ("cpu", "cuda"), f"on device {value.device.type!r}"),
         (not weight.has_linears, f"multiplied only through {', '.join(weight.others)}"),
-        (no_kernel is not None, str(no_kernel)),
     ]
-    return next((reason for holds, reason in checks if holds), None)
+    return skipped_by_kind(config, value, supports(config.group_size) if value.is_cuda else None, first, then)
 
 
 def _follow(user: Node, weight: Node, transposed: bool, found: Weight) -> set[bool | None]:

@@ -1,8 +1,8 @@
 """Which weights are packed side by side: those of linears that multiply the same input, such as q, k and v, or gate and up.
 
 One matmul then reads them all: one launch instead of three, and a grid large enough for a GPU that each alone would not
-fill. The graph keeps a row slice of the common weight in the place of each (graph.py), and what makes one matmul of the
-several is the pass (passes.py).
+fill. The graph keeps a row slice of the common weight in the place of each (graph.py), and the pass makes one matmul of
+the several (passes.py).
 
 Only linears of one module are merged. Others may read the same input far apart: the keys and values of all layers of a
 decoder are made from one encoder's output, and merged they would all be kept in memory from the first layer on.
@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
 from fp6_compile.backend.find.linears import Weight, input_of
 from fp6_compile.layouts.packing import CPU, gpu_layout, rows_per_index
+from fp6_compile.layouts.spec import PackingSpec
+from fp6_compile.packed.tensor import PackedTensor
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A weight that can be taken: its position among the graph's inputs, its readers, its value and its names.
+    """A weight that can be quantized: its position among the graph's inputs, its readers, its value and its names.
 
     One that is packed already (a PackedTensor) can be merged with others of its kind.
     """
@@ -43,13 +44,13 @@ class Candidate:
         return self.value.shape[1 if self.orientations == [True] else 0]
 
     @property
-    def packed(self) -> Any:
+    def packed(self) -> PackingSpec | None:
         """How it is packed, if it is already."""
-        return getattr(self.value, "spec", None)
+        return self.value.spec if isinstance(self.value, PackedTensor) else None
 
     @property
     def granularity(self) -> int:
-        """Rows that one index of its planes holds: six bits', for no other width's index holds more."""
+        """Rows that one index of its bit planes holds, of six bits: at no other width it holds more."""
         if self.packed:
             return rows_per_index(self.packed.layout)
         return rows_per_index(CPU if self.value.device.type == "cpu" else gpu_layout(self.value.dtype))

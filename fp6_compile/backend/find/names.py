@@ -14,7 +14,7 @@ import logging
 import re
 import sys
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fp6_compile._compat.dynamo import CONVERT_FRAME, EVAL_FRAME, source_name
-from fp6_compile.config import Options, names_in, warn_of_unmatched
+from fp6_compile.config import names_in, warn_of_unmatched
 
 log = logging.getLogger("fp6_compile")
 # By model: the globs of `skip` that were warned about.
@@ -44,36 +44,41 @@ class Names:
         self._several = len({id(model) for model, _ in self._roots.values()}) > 1
         self._models: list[torch.nn.Module] = []
         self._of_modules: dict[int, str] = {}
-        self._of_parameters: dict[int, list[str]] = {}
+        self._owners: dict[int, list[tuple[torch.nn.Module, str, str]]] = {}
         for model in (*(model for model, _ in self._roots.values()), *self._called):
             if id(model) not in self._of_modules:  # else a part of one before
                 self._add(model)
 
     def _add(self, model: torch.nn.Module) -> None:
         self._models.append(model)
-        for name, module in model.named_modules():
+        for name, module in model.named_modules(remove_duplicate=False):
             self._of_modules.setdefault(id(module), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self._of_parameters.setdefault(id(parameter), []).append(name)
+            for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                self._owners.setdefault(id(parameter), []).append((module, name, attribute))
+
+    def modules(self, value: Any) -> list[tuple[torch.nn.Module, str]]:
+        """The modules that have the parameter `value`, with their fully qualified names in their model."""
+        return [(module, name) for module, name, _ in self._owners.get(id(value), ())]
 
     def of(self, position: int, value: Any, matmuls: Iterable[Node] = ()) -> list[str]:
         """The names that a `skip` glob is matched with, the one to report first, of the graph's input at `position`.
 
         That is the parameter's own name; of a tied one's, that of a module among those that run `matmuls`.
         """
-        known = self._of_parameters.get(id(value), [self._texts[position]])
+        known = [f"{name}.{attribute}" if name else attribute for _, name, attribute in self._owners.get(id(value), ())]
+        known = known or [self._texts[position]]
         owners = [name.removesuffix(".weight") for name in known]
         readers = [name for name in map(self._module, matmuls) if name and any(n.endswith(".weight") for n in known)]
-        first = [name for name in readers if name in owners or id(value) not in self._of_parameters]
+        first = [name for name in readers if name in owners or id(value) not in self._owners]
         names = list(dict.fromkeys([*first, *owners, *readers]))
         if self._several and position in self._roots:
             names.insert(0, f"{self._roots[position][1]}.{names[0]}".strip("."))
         return names
 
-    def check(self, options: Options) -> None:
-        """Warn of globs of `skip` that match no module of the models in this graph: once for each model."""
-        said = set(options.skip).intersection(*(_warned.get(model, set()) for model in self._models))
-        fresh = Options(skip=tuple(glob for glob in options.skip if self._models and glob not in said))
+    def check(self, skip: Sequence[str]) -> None:
+        """Warn of the globs of `skip` that match no module of the models in this graph: once for each model."""
+        said = set(skip).intersection(*(_warned.get(model, set()) for model in self._models))
+        fresh = [glob for glob in skip if self._models and glob not in said]
         names = [name for model in self._models for name in names_in(model)]
         names += [f"{text}.{name}" for model, text in {*self._roots.values()} for name in names_in(model)]
         classes = dict.fromkeys(type(model).__name__ for model in self._models)
@@ -125,8 +130,8 @@ def _call_stack() -> tuple[list[torch.nn.Module], Mapping[str, Any]]:
     """
     frame: Any = sys._getframe()
     traced, values = None, list[Any]()
-    while frame is not None and (room := frame.f_globals.get("__name__")) != EVAL_FRAME:
-        if room == CONVERT_FRAME:  # what is above it are Dynamo and this backend
+    while frame is not None and (module := frame.f_globals.get("__name__")) != EVAL_FRAME:
+        if module == CONVERT_FRAME:  # what is above it are Dynamo and this backend
             traced, values = frame.f_locals.get("frame", traced), []
         elif traced is not None:
             values += _variables(frame)

@@ -18,7 +18,7 @@ from fp6_compile import lowerings
 from fp6_compile.backend.compile import inductor_patches
 from fp6_compile.backend.find.merging import Candidate
 from fp6_compile.backend.graph import PackedGraph
-from fp6_compile.backend.planes import PackSpec, Planes, Stamp
+from fp6_compile.backend.planes import Planes, PlanesKey, Stamp
 from fp6_compile.config import Options
 from fp6_compile.explanation.result import Traffic
 from fp6_compile.explanation.trace.fakes import Fakes
@@ -117,13 +117,13 @@ class Trace:
         if id(value) in self.found:
             return
         names = tuple(self._names.get(id(value), [line.name]))
-        spec = packed.specs.get(line.name)
+        key = packed.keys.get(line.name)
         if isinstance(value, PackedTensor):
             self.found[id(value)] = Found(names, line, value.spec.format, None)
-        elif not line.quantized or spec is None:
+        elif not line.quantized or key is None:
             self.found[id(value)] = Found(names, line, None, None)
         else:
-            self.found[id(value)] = Found(names, line, spec.format, packed.error_of(value, spec))
+            self.found[id(value)] = Found(names, line, key.spec.format, packed.error_of(value, key))
 
 
 class _ShapedGraph(PackedGraph):
@@ -140,17 +140,17 @@ class _ShapedGraph(PackedGraph):
         fakes: Fakes,
         ask: Callable[..., Any],
     ) -> None:
-        self.specs: dict[str, PackSpec] = {}
+        self.keys: dict[str, PlanesKey] = {}
         self._fakes = fakes
         self._ask = ask
         self._errors: dict[int, float | None] = {}
         super().__init__(gm, example_inputs, options)
 
-    def error_of(self, fake: Tensor, spec: PackSpec) -> float | None:
+    def error_of(self, fake: Tensor, planes_key: PlanesKey) -> float | None:
         """The SQNR of a weight in dB; None where its values are not known."""
         if id(fake) not in self._errors:
             key = self._fakes.key(fake)
-            self._errors[id(fake)] = None if key is None else self._ask("sqnr", key, spec)
+            self._errors[id(fake)] = None if key is None else self._ask("sqnr", key, planes_key)
         return self._errors[id(fake)]
 
     def _format(self, group: list[Candidate], transposed: bool) -> Format:
@@ -158,17 +158,17 @@ class _ShapedGraph(PackedGraph):
         if group[0].packed or self.options.format != "auto":
             return super()._format(group, transposed)
         keys = [self._fakes.key(candidate.value) for candidate in group]
-        how = transposed, self.options.group_size, self.options.scale
+        how = transposed, self.options.group_size, self.options.scale_method
         return get_format((None if None in keys else self._ask("best_format", keys, *how)) or AUTO[0])
 
-    def _planes_of(self, group: list[Candidate], spec: PackSpec) -> Planes:
+    def _planes_of(self, group: list[Candidate], key: PlanesKey) -> Planes:
         for candidate in group:
-            self.specs[candidate.names[0]] = spec
+            self.keys[candidate.names[0]] = key
             try:
-                self.error_of(candidate.value, spec)
+                self.error_of(candidate.value, key)
             except ValueError as error:
                 raise ValueError(f"fp6: cannot quantize {candidate.names[0]}: {error}") from error
-        return _Shapes([candidate.value for candidate in group], spec, [candidate.names[0] for candidate in group])
+        return _Shapes([candidate.value for candidate in group], key, [candidate.names[0] for candidate in group])
 
 
 class _Shapes(Planes):
@@ -177,16 +177,17 @@ class _Shapes(Planes):
     def _quantized(self, parameter: Any, name: str) -> tuple[Stamp, tuple[Tensor, ...]]:
         if isinstance(parameter, PackedTensor):
             return super()._quantized(parameter, name)
-        n, k = parameter.shape[::-1] if self.spec.transposed else parameter.shape
+        spec = self.key.spec
+        n, k = parameter.shape[::-1] if spec.transposed else parameter.shape
         codes = parameter.new_empty(n, k, dtype=torch.uint8)
-        groups = -(-k // self.spec.group_size) if self.spec.group_size else 1
+        groups = -(-k // spec.group_size) if spec.group_size else 1
         scale = parameter.new_empty(groups, n, dtype=torch.float32)
         return Stamp(id(parameter), 0, 0, 0, None), (
-            *pack(codes, get_format(self.spec.format), self.spec.layout),
+            *pack(codes, get_format(spec.format), spec.layout),
             scale,
         )
 
-    def _house(self, parameters: Sequence[Any], sources: Sequence[tuple[Tensor, ...]]) -> None:
+    def _adopt(self, parameters: Sequence[Any], sources: Sequence[tuple[Tensor, ...]]) -> None:
         """Nothing to do: fakes have no memory."""
 
 
