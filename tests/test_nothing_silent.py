@@ -186,7 +186,7 @@ def test_what_is_run_to_look_at_it_stays_as_it_was(captured):
             assert compiled(torch.randn(6, N).half()).shape == (6, 8)
 
 
-def test_what_cannot_be_watched_is_named(captured):
+def test_what_cannot_be_watched_is_named():
     def condition(x, w):
         return torch.cond(x.sum() > 0, lambda x: x @ w, lambda x: x + 1, (x,))
 
