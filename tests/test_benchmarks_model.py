@@ -33,6 +33,7 @@ def test_a_launch_costs_the_same_for_all():
     assert ours["us_p50"] - ours_free["us_p50"] == pytest.approx(simulate.ASSUMED.launch_us)
 
 
+@pytest.mark.slow
 def test_more_work_never_takes_less_time():
     """Within a tile's range of M; and with more rows, inputs or scales of the weight."""
     times = [[row["us_p50"] for row in predicted(m)] for m in (1, 2, 4, 8)]

@@ -178,6 +178,7 @@ def test_entry_point():
     )
 
 
+@pytest.mark.slow
 def test_explain(source, packed, tmp_path, capsys):
     """Of a folder as it is, and packed; with a page and as JSON."""
     page = tmp_path / "page.html"

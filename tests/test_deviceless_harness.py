@@ -52,6 +52,7 @@ def test_the_epilogue_is_in_the_template_and_the_numbers_are_right(dtype: torch.
     assert bound.max() < 32 * UNIT[dtype] * expected.abs().max(), "the tolerance would not notice an error"
 
 
+@pytest.mark.slow
 def test_a_symbolic_batch_is_one_module_for_every_batch(dtype: torch.dtype) -> None:
     model, calls = Gated(), [activations(m, dtype) for m in (5, 3, 33)]
     for tensor in calls[0]:

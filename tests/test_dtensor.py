@@ -60,6 +60,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     command = [sys.executable, "-c", SCRIPT]
     root = Path(__file__).parent.parent

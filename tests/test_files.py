@@ -13,6 +13,7 @@ from torch import nn
 import fp6_compile
 from fp6_compile import CheckpointError, init_empty_weights, quantize_
 from fp6_compile.storage.files import JSON_LIMIT, member, parse_json, read_json, short
+from fp6_compile.storage.safetensors import Entry
 from tests.support.checkpoints import sign
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
@@ -291,7 +292,7 @@ def test_files_that_change_while_they_are_read(how, packed, tmp_path, monkeypatc
     folder = tmp_path / "folder"
     (_write_packed if packed else _write)(folder)
     file, first = next(folder.glob("*.safetensors")), []
-    original = fp6_compile.storage.Entry.read
+    original = Entry.read
     expected = _model()
     _load(expected, folder, packed)
 
@@ -310,7 +311,7 @@ def test_files_that_change_while_they_are_read(how, packed, tmp_path, monkeypatc
                     opened.write(b"12345678")
         return value
 
-    monkeypatch.setattr(fp6_compile.storage.Entry, "read", read)
+    monkeypatch.setattr(Entry, "read", read)
     model = _model()
     weight, bias = model.weight, model.bias
     if how == "replaced":

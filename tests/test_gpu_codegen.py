@@ -131,7 +131,13 @@ class EverySecond(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    "shape", [(DIM,), (0, DIM), (2, 3, DIM), (3, 2 * DIM)], ids=["vector", "empty", "3-D", "strided"]
+    "shape",
+    [
+        pytest.param((DIM,), id="vector", marks=pytest.mark.slow),
+        pytest.param((0, DIM), id="empty", marks=pytest.mark.slow),
+        pytest.param((2, 3, DIM), id="3-D", marks=pytest.mark.slow),
+        pytest.param((3, 2 * DIM), id="strided"),
+    ],
 )
 def test_shapes(shape):
     model = (nn.Linear if shape[-1] == DIM else EverySecond)(DIM, HIDDEN).half().requires_grad_(False)

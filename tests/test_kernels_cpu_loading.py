@@ -114,6 +114,7 @@ def test_without_a_compiler_plain_torch_and_one_warning(compiler, tmp_path):
     assert result.stderr.count("Install a C++20 compiler (Debian: apt install g++; conda: conda install gxx)") == 1
 
 
+@pytest.mark.slow
 def test_the_library_knows_the_formats_when_it_registers_the_kernel():
     """No thread can call between the two."""
     _python("""
@@ -244,6 +245,7 @@ def _compiler(folder: Path, last: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_compiler_that_is_killed_leaves_nothing(tmp_path):
     compiler = _compiler(tmp_path, "printf half > fp6.so; kill -9 $$")
     code = "by_threads(call), by_threads(call)\nassert not registered()"

@@ -16,7 +16,7 @@ def test_the_budget_has_these_cases_and_no_others():
     assert list(sass.read_budget()) == [case.name for case in CASES]
 
 
-@pytest.mark.parametrize("m", [8, 16, 32, 64])
+@pytest.mark.parametrize("m", [8, *(pytest.param(m, marks=pytest.mark.slow) for m in (16, 32, 64))])
 def test_weights_stay_in_registers(m):
     """They are loaded by asynchronous copies, and nothing in the loop writes shared memory or permutes bytes."""
     loop = compile_case(Case("sm_90", m, WIDE, "e3m2", "fp16")).code.hot_loop
@@ -39,7 +39,7 @@ def test_float32_uses_no_tensor_core():
     assert (row["stack"], row["spill_bytes"]) == (0, 0)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_amd(dtype):
     """The twin, on the matrix cores, within the 64 KB of shared memory."""
     row = sass.measure(Case("gfx942", 32, WIDE, "e3m2", dtype))

@@ -139,7 +139,7 @@ def test_through_inductor(name):
     """With real code generation: values, strides and storages are those of the graph that is not merged."""
     make, shape, dtype = MODELS[name]
     model, x = make().to(dtype), torch.randn(shape).to(dtype)
-    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+    with torch.no_grad(), torch._functorch.config.patch(enable_autograd_cache=False):
         actual = torch.compile(model, backend="fp6")(x)
     assert counters["fp6"]["merged"] > 0
     # Inductor fuses, and so rounds, the rest of the graph in another way.

@@ -280,6 +280,7 @@ def _bits(model):
     return 8 * sum(p.packed_bytes for p in packed) / sum(p.numel() for p in packed)
 
 
+@pytest.mark.slow
 def test_formats_are_mixed_to_a_target_size():
     def build():
         torch.manual_seed(0)

@@ -90,7 +90,11 @@ def test_through_inductor(name):
 
 @pytest.mark.parametrize(
     ("name", "dtype", "group"),
-    [("e4m3", torch.bfloat16, 64), ("e2m2", torch.float16, None), ("e3m3", torch.float16, None)],
+    [
+        pytest.param("e4m3", torch.bfloat16, 64, marks=pytest.mark.slow),
+        pytest.param("e2m2", torch.float16, None, marks=pytest.mark.slow),
+        ("e3m3", torch.float16, None),
+    ],
 )
 def test_gpu_code(name, dtype, group):
     """What Inductor generates for a GPU, for one, two and three planes, interpreted."""

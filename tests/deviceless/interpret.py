@@ -1,7 +1,8 @@
 """Run a generated CUDA module on CPU tensors, in a subprocess where Triton interprets.
 
 Triton decides at import whether `@triton.jit` compiles or interprets, and a test process has imported it long ago, so
-the work is done by interpreter.py in another process (pool.py); text and tensors travel through files.
+the work is done by interpreter.py in a process of its own; text and tensors travel through files. A start costs a few
+seconds: `run_interpreted_all` shares one among several modules.
 """
 
 from __future__ import annotations
@@ -16,9 +17,6 @@ from typing import Any
 
 import torch
 
-from . import interpreter
-from .pool import interpreted
-
 
 def run_interpreted(code: str, inputs: Sequence[Any], imports: Sequence[str] = ()) -> list[Any]:
     """What `call(inputs)` of the generated module returns; `imports` are modules that define ops it calls."""
@@ -26,11 +24,11 @@ def run_interpreted(code: str, inputs: Sequence[Any], imports: Sequence[str] = (
 
 
 def run_interpreted_all(jobs: Iterable[tuple[str, Sequence[Any]]], imports: Sequence[str] = ()) -> list[list[Any]]:
-    """The outputs of each (code, inputs), from the interpreting process that the whole session shares."""
+    """The outputs of each (code, inputs), all from one subprocess."""
     with tempfile.TemporaryDirectory() as directory:
         jobs_path, results_path = Path(directory, "jobs.pt"), Path(directory, "results.pt")
         torch.save({"jobs": [(code, list(inputs)) for code, inputs in jobs], "imports": list(imports)}, jobs_path)
-        interpreted(interpreter.main, str(jobs_path), str(results_path))
+        run_with_interpreter(f"{__package__}.interpreter", str(jobs_path), str(results_path))
         return torch.load(results_path)
 
 

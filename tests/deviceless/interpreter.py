@@ -1,6 +1,6 @@
 """The process behind interpret.py: executes generated modules with every kernel interpreted on the CPU.
 
-`main` runs in the process of pool.py, which has TRITON_INTERPRET=1: Triton reads that when it is imported.
+Started as `python -m <package>.interpreter JOBS RESULTS` with TRITON_INTERPRET=1, which Triton reads when it is imported.
 The module's own `call` runs unchanged: buffers, order of launches and grids are Inductor's. What is replaced is what it
 imports: allocation on CUDA, streams, the device guard, and AsyncCompile, which here hands the kernel to the interpreter.
 """
@@ -13,6 +13,7 @@ import inspect
 import itertools
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ class _Session:
 
 def main(jobs_path: str, results_path: str) -> None:
     """Run every (code, inputs) of the file `jobs_path`; the lists of outputs go to `results_path`."""
-    assert os.environ.get("TRITON_INTERPRET") == "1", "run it by pool.interpreted, in a process with TRITON_INTERPRET=1"
+    assert os.environ.get("TRITON_INTERPRET") == "1", "run by interpret.py, which sets TRITON_INTERPRET=1"
     jobs: dict[str, Any] = torch.load(jobs_path)
     interpreter_fixes.apply()
     for name in jobs["imports"]:
@@ -112,3 +113,7 @@ def main(jobs_path: str, results_path: str) -> None:
         session.install()
         results = [session.run(code, inputs) for code, inputs in jobs["jobs"]]
     torch.save(results, results_path)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

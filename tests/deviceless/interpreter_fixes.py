@@ -120,7 +120,6 @@ def _patch_language_once(fn: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(restore=lambda: None)
 
 
-@functools.cache
 def apply() -> None:
     """Put the interpreter of this process right."""
     interpreter._patch_lang = _patch_language_once

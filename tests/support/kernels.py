@@ -99,7 +99,7 @@ OTHER_FORMATS = [FORMATS[name] for name in ("e2m2", "e3m1", "e2m1", "e4m3", "e3m
 
 ONE_HOT = [
     (m, n, k, group, fmt, dtype)
-    for i, (m, (n, k)) in enumerate(zip(BUCKETS, [(17, 40), (40, 257), (257, 400), (64, 512)] * 2, strict=True))
+    for i, (m, (n, k)) in enumerate(zip(BUCKETS, [(17, 40), (40, 257), (130, 400), (64, 512)] * 2, strict=True))
     for group in ((None, 32, 96, 512)[i % 4], (64, 128, 256, None)[i % 4])
     for fmt, dtype in ([(E3M2, F16), (E2M3, BF16)] if i % 2 else [(E3M2, BF16), (E2M3, F16)])
 ] + [(9, 40, 257, 32, E3M2, F32), (8, 17, 400, None, E2M3, F32)]
