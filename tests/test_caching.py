@@ -18,7 +18,7 @@ _HEAD = """
 import json, sys, torch, fp6_compile
 from torch import nn
 from torch._dynamo.utils import counters
-from fp6_compile.backend import fp6
+from fp6_compile.backend.compile import fp6
 
 torch.manual_seed(0)
 """

@@ -13,7 +13,8 @@ from torch._inductor.utils import fresh_cache
 import fp6_compile
 from fp6_compile import QuantConfig, calibrate_, quantize_, sensitivities
 from fp6_compile.config import Options
-from tests.support import close, dequantized_, without_codegen
+from tests.support.graphs import without_codegen
+from tests.support.references import close, dequantized_
 
 K, N = 256, 128
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fp6_compile import CheckpointError, PackedTensor
 from fp6_compile.backend.find.linears import _einsum_orientation
-from fp6_compile.checkpoint.manifest import Weight
+from fp6_compile.checkpoint.manifest import PackedWeight
 from fp6_compile.formats import FORMATS, Format
-from fp6_compile.layouts.packing import CPU, LAYOUTS, pack, unpack
+from fp6_compile.layouts.packing import CPU, LAYOUTS, PLANES, pack, unpack
+from fp6_compile.layouts.spec import PackingSpec
 
 formats = st.sampled_from(list(FORMATS.values()))
 layouts = st.sampled_from(LAYOUTS)
@@ -71,13 +72,15 @@ def test_encode_is_monotone_and_nearest_and_ties_go_to_even(fmt, data):
         assert not (codes[ties] & 1).any()
 
 
-weights = st.builds(
-    Weight,
+specs = st.builds(
+    PackingSpec,
     st.sampled_from(list(FORMATS)),
+    st.just(PLANES),
     st.none() | st.integers(1, 1 << 40),
-    st.tuples(st.integers(1, 1 << 40), st.integers(1, 1 << 40)),
+    st.integers(1, 1 << 40),
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
 )
+weights = st.builds(PackedWeight, specs, st.integers(1, 1 << 40))
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 json_values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
@@ -86,7 +89,7 @@ json_values = st.recursive(
 
 @given(weights)
 def test_a_weight_comes_back_from_its_json(weight):
-    assert Weight.from_json("w", weight.to_json()) == weight
+    assert PackedWeight.from_json("w", weight.to_json()) == weight
 
 
 @given(
@@ -99,9 +102,9 @@ def test_other_json_is_a_checkpoint_error(weight, key, value):
         assert found is None or found.to_json() == about
 
 
-def _read(about: object) -> Weight | None:
+def _read(about: object) -> PackedWeight | None:
     try:
-        return Weight.from_json("w", about)
+        return PackedWeight.from_json("w", about)
     except CheckpointError:
         return None
 

@@ -43,7 +43,7 @@ class Values:
 
 
 def sqnr(parameter: Tensor, key: PlanesKey) -> float:
-    """Signal to quantization noise in dB, 10 log10(sum w^2 / sum (w - dequantized w)^2), of `parameter` packed as `key` says.
+    """Signal to quantization noise in dB, 10 log10(sum w^2 / sum (w - dequantized w)^2), of `parameter` packed by `key`.
 
     Infinite where nothing is lost. Raises ValueError for a weight with NaN or infinite values.
     """
