@@ -451,7 +451,7 @@ def test_equalization_leaves_the_models_output_unchanged(make, moves):
     inputs = [x.float() for x in INPUTS]
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expected = [model(x).detach() for x in inputs]
-    calibrate_(model, inputs, algorithm=Unchanged(seen := []), float32=True, equalize=0.5)
+    calibrate_(model, inputs, algorithm=Unchanged(seen := []), include_float32=True, equalize=0.5)
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     names = [f"blocks.{i}.{n}" for i in range(2) for n in ("gate.weight", "up.weight", "norm.weight", "norm.bias")]
     assert changed == (set(names) if moves else set())

@@ -13,7 +13,7 @@ from torch._inductor.utils import fresh_cache
 import fp6_compile
 from fp6_compile import QuantConfig, calibrate_, quantize_, sensitivities
 from fp6_compile.config import Options
-from tests.support.graphs import without_codegen
+from tests.support.graphs import explaining_here, without_codegen
 from tests.support.references import close, dequantized_
 
 K, N = 256, 128
@@ -134,9 +134,11 @@ def test_calibration_chooses_its_own_scales():
 
 def test_old_field_names_warn_and_work():
     model = _model().float()
-    with pytest.warns(DeprecationWarning, match="'scale' is called 'scale_method' now") as caught:
+    with pytest.warns(
+        DeprecationWarning, match="'(scale|float32)' is called '(scale_method|include_float32)' now"
+    ) as caught:
         report = quantize_(model, scale="mse", float32=True)
-    assert len(report.quantized) == 2
+    assert len(report.quantized) == len(caught) == 2
     assert {warning.filename for warning in caught} == {__file__}, "the line of the caller"
     expected = _model().float()
     quantize_(expected, QuantConfig(scale_method="mse", include_float32=True))
@@ -250,7 +252,7 @@ def test_filter_fn_and_compile_caches():
 
 
 def test_filter_fn_is_asked_in_explain():
-    with torch.no_grad():
+    with torch.no_grad(), explaining_here():
         found = fp6_compile.explain(
             _model(), torch.randn(3, K).half(), options={"filter_fn": lambda module, name: name == "1"}
         )

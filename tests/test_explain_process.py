@@ -51,6 +51,7 @@ def _state():
     return [cuda, settings, list(guards), dict(device_interfaces()), kernels, code, dict(copyreg.dispatch_table)]
 
 
+@pytest.mark.slow
 def test_other_threads_compile_meanwhile():
     """One thread compiles for the CPU again and again while this one explains for an H200: neither disturbs the other."""
     expected, seen, results, over = _state(), [], [], threading.Event()
@@ -106,6 +107,7 @@ def test_it_leaves_no_trace():
     )
 
 
+@pytest.mark.slow
 def test_without_triton(tmp_path, monkeypatch):
     """The linears, their bytes and the prediction of the bytes are still there."""
     (tmp_path / "triton.py").write_text("""raise ImportError("No module named 'triton'")""")
@@ -147,6 +149,7 @@ def _run(script, **how):
     return subprocess.Popen([sys.executable, str(script)], env=environment, text=True, **how)
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard(tmp_path):
     """It runs once; its classes and lambdas are known to the process, line numbers and warnings come back."""
     pytest.importorskip("cloudpickle", reason="the extra explain")
@@ -273,6 +276,7 @@ def test_settings_count():
     assert len(found.launches) == 2  # the activation by itself
 
 
+@pytest.mark.slow
 def test_a_transformers_model():
     transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
     shape = {"hidden_size": DIM, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 2}

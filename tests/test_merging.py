@@ -151,7 +151,7 @@ def test_through_inductor(name):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"format": "e2m3", "group_size": 64}, {"group_size": 48, "scale": "mse"}], ids=str
+    "options", [{}, {"format": "e2m3", "group_size": 64}, {"group_size": 48, "scale_method": "mse"}], ids=str
 )
 def test_exactly_what_they_are_alone(options, captured):
     """Every row of the weight is multiplied as before: not a bit changes."""

@@ -93,7 +93,7 @@ def test_through_inductor(name):
     [
         pytest.param("e4m3", torch.bfloat16, 64, marks=pytest.mark.slow),
         pytest.param("e2m2", torch.float16, None, marks=pytest.mark.slow),
-        ("e3m3", torch.float16, None),
+        pytest.param("e3m3", torch.float16, None, marks=pytest.mark.slow),
     ],
 )
 def test_gpu_code(name, dtype, group):

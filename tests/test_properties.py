@@ -79,6 +79,7 @@ specs = st.builds(
     st.none() | st.integers(1, 1 << 40),
     st.integers(1, 1 << 40),
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    st.just(False),
 )
 weights = st.builds(PackedWeight, specs, st.integers(1, 1 << 40))
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)

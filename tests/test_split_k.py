@@ -101,7 +101,7 @@ def test_aten_in_pieces(group):
     check_one_hot(functools.partial(interpreted, aten_in_pieces), "cpu", 70, 90, 300, group, E2M3, F16)
 
 
-def test_many_rows_take_the_aten_s_matmul():
+def test_many_rows_take_atens_matmul():
     x = activations(300, 256, F16)
     assert config_for(300, 40, 256, None, F16) is None
     check_gemm(functools.partial(interpreted, launch.mm), x, 40, None, E3M2)
@@ -148,7 +148,7 @@ def test_small_weights_fill_the_device(n, k, m):
     assert 0.9 * 132 <= programs <= 4 * 132
 
 
-def test_aten_s_matmul_is_timed_against_the_kernel():
+def test_atens_matmul_is_timed_against_the_kernel():
     hopper = Device("sm_90", 132, wgmma=True)
     assert None not in candidates(64, 4096, 4096, None, F16, hopper)
     assert candidates(128, 4096, 4096, None, F16, hopper).index(None) == 1

@@ -110,13 +110,14 @@ def linear(m: int, n: int = 1024, k: int = 1024) -> tuple[nn.Module, torch.Tenso
     return nn.Linear(k, n, bias=False).half().requires_grad_(False), torch.randn(m, k).half()
 
 
-def test_many_rows_are_left_to_the_aten_s_matmul():
+def test_many_rows_are_left_to_atens_matmul():
     model, x = linear(2048)
     (module,) = generate_modules(model, [x], backend="fp6", dynamic=False)
     FileCheck().check("torch.ops.fp6.mm.default(").run(module.code)
     assert not module.kernels
 
 
+@pytest.mark.slow
 def test_wgmma_where_it_has_passed(monkeypatch):
     monkeypatch.setattr(selftest, "passes", lambda *problem: True)
     model, x = linear(100, 256)
@@ -140,7 +141,7 @@ class Einsum(nn.Linear):
     ("make", "dtype"),
     [
         (nn.Linear, torch.float16),
-        (Einsum, torch.bfloat16),
+        pytest.param(Einsum, torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(nn.Linear, torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(Einsum, torch.float16, marks=pytest.mark.slow),
     ],

@@ -5,6 +5,12 @@
     fp6-compile inspect DIR         what a packed folder holds
     fp6-compile verify DIR          every byte as it was written; with --against SRC, every code the nearest to SRC's weight
 
+    commands    quantize, explain and inspect      <- start here
+    verify      verify
+    folder      an empty model from a transformers folder
+    token       the call that decodes one token
+    table       text tables
+
 Exit codes: 0 done, 1 a folder that is damaged or does not match, 2 wrong usage, missing files or packages, 130 interrupted.
 Code from a model folder is run with --trust-remote-code and never without.
 """

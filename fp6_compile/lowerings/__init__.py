@@ -1,4 +1,8 @@
-"""Inductor's lowering of `fp6::mm`."""
+"""Inductor's lowering of `fp6::mm`.
+
+mm         the lowering: a Triton template, fp6_mm.py.jinja, or a call of the operator    <- start here
+split_k    which kernel adds up the parts of a split K
+"""
 
 from functools import cache
 from pathlib import Path
