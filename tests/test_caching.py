@@ -1,7 +1,6 @@
 """Compile caches: a second process hits them, an edited source file misses them."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 
 import fp6_compile
 from fp6_compile.kernels.cpu import build
+from tests.support.caches import fresh_cache
 from tests.support.soak import FULL
 
 # By function, not by name: the entry point would find the installed package instead of the copy under test.
@@ -62,7 +62,7 @@ with torch.no_grad():
 
 
 def _run(root: Path, cache: Path, script: str = LAYER) -> dict:
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(root)}
+    environment = {**fresh_cache(cache), "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", _HEAD + script + _TAIL]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import io
 import json
-import os
 import pickle
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from fp6_compile import PackedTensor
 from fp6_compile.formats import FORMATS
 from fp6_compile.layouts.packing import CPU, LAYOUTS, PLANES, layout_for
 from fp6_compile.quantize import dequantize, quantize
+from tests.support.caches import fresh_cache
 from tests.support.references import SIX_BITS, close
 
 N, K = 128, 256
@@ -351,7 +351,7 @@ print(json.dumps([before, after, counters["aot_autograd"]["autograd_cache_hit"],
     (tmp_path / "fp6_compile").symlink_to(
         Path(cache_dir()) / "fp6_compile"
     )  # the C++ kernel, which takes half a minute
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    environment = fresh_cache(tmp_path)
     runs = [
         subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True) for _ in range(2)
     ]
