@@ -12,6 +12,7 @@ import torch
 import fp6_compile
 from fp6_compile import cli
 from tests.support.checkpoints import mx_bytes
+from tests.support.graphs import explaining_here
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers", reason="transformers is an optional extra")
@@ -182,7 +183,8 @@ def test_entry_point():
 def test_explain(source, packed, tmp_path, capsys):
     """Of a folder as it is, and packed; with a page and as JSON."""
     page = tmp_path / "page.html"
-    assert cli.main(["explain", str(source), "--device", "4090", "--html", str(page)]) == 0
+    with explaining_here():
+        assert cli.main(["explain", str(source), "--device", "4090", "--html", str(page)]) == 0
     out = capsys.readouterr().out
     assert "on RTX 4090: nothing was run" in out
     assert "8 of 8 quantized" in out
