@@ -275,6 +275,12 @@ def test_old_names_warn_and_work(old):
     assert old not in fp6_compile.__all__
 
 
+def test_the_old_name_of_the_algorithms_warns_and_works():
+    with pytest.warns(DeprecationWarning, match="called fp6_compile.calibration.algorithms now"):
+        from fp6_compile.algorithms import GPTQ
+    assert GPTQ is fp6_compile.calibration.algorithms.GPTQ
+
+
 def test_the_names_of_today_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
