@@ -40,7 +40,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("E2M3, per channel", {"format": "e2m3"}),
     ("E2M3, groups of 64", {"format": "e2m3", "group_size": 64}),
 ]
-BATCH, WINDOW, WINDOWS = 8, 512, 64
+BATCH, WINDOW, WINDOWS = 8, 512, 32
 
 
 def _title(text: str) -> None:

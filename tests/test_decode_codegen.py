@@ -77,9 +77,10 @@ def _generate(sampling):
     return modules, recorded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampling",
-    [pytest.param(Sampling(), id="greedy"), pytest.param(Sampling(0.8), id="sampled", marks=pytest.mark.slow)],
+    [pytest.param(Sampling(), id="greedy"), pytest.param(Sampling(0.8), id="sampled")],
 )
 def test_a_step_of_8b(sampling):
     (module,), ((inputs, graph, cudagraphs),) = _generate(sampling)

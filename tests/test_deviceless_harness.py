@@ -200,6 +200,7 @@ def test_everything_is_put_back() -> None:
     torch.testing.assert_close(torch.compile(torch.relu)(x), torch.relu(x))
 
 
+@pytest.mark.slow
 def test_why_the_interpreter_is_corrected_for_bf16() -> None:
     """Fails when a Triton gets bf16 right by itself: then the correction can go for that version."""
     before, after = json.loads(run_with_interpreter("tests.deviceless.bf16_probe"))

@@ -74,7 +74,7 @@ def _explain(name, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ("Llama", "BART") else pytest.mark.slow) for name in MODELS]
+    "name", [pytest.param(name, marks=[] if name == "Llama" else pytest.mark.slow) for name in MODELS]
 )
 def test_every_model(name):
     *_, linears, launches = MODELS[name]

@@ -82,6 +82,7 @@ def _packed(model):
     return [[id(planes.packing) for planes in weights.planes_of(p)] for p in model.parameters()]
 
 
+@pytest.mark.slow
 def test_it_leaves_no_trace():
     """The user's compiled code, weights, counters, reports and remembered shapes stay as they were."""
     model, x = _block(), _x()

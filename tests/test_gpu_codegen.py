@@ -136,7 +136,7 @@ class EverySecond(nn.Linear):
         pytest.param((DIM,), id="vector", marks=pytest.mark.slow),
         pytest.param((0, DIM), id="empty", marks=pytest.mark.slow),
         pytest.param((2, 3, DIM), id="3-D", marks=pytest.mark.slow),
-        pytest.param((3, 2 * DIM), id="strided"),
+        pytest.param((3, 2 * DIM), id="strided", marks=pytest.mark.slow),
     ],
 )
 def test_shapes(shape):

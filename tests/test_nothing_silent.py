@@ -60,6 +60,7 @@ def test_attention_is_quantized(batch_first, need_weights, kwargs, captured):
     assert captured.targets().count("fp6.mm") == 2
 
 
+@pytest.mark.slow
 def test_attention_with_a_dynamic_batch(captured):
     model, x = _attention(batch_first=True), torch.randn(2, 5, N).bfloat16()
     _compare(model, x, x, x, dynamic=True)

@@ -140,7 +140,7 @@ class Einsum(nn.Linear):
 @pytest.mark.parametrize(
     ("make", "dtype"),
     [
-        (nn.Linear, torch.float16),
+        pytest.param(nn.Linear, torch.float16, marks=pytest.mark.slow),
         pytest.param(Einsum, torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(nn.Linear, torch.bfloat16, marks=pytest.mark.slow),
         pytest.param(Einsum, torch.float16, marks=pytest.mark.slow),
