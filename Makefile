@@ -42,7 +42,8 @@ test-newest: $(READY)
 	    --no-build-isolation --editable ".[dev]"
 	$(BIN)/$(FREEZE) | grep -v '^\(pip\|setuptools\)==' | sort > $(NEWEST)/pinned.txt
 	$(NEWEST)/bin/python -m $(FREEZE) | grep -v '^\(pip\|setuptools\)==' | sort > $(NEWEST)/newest.txt
-	if diff $(NEWEST)/pinned.txt $(NEWEST)/newest.txt; then echo "nothing is newer than the pins"; else \
+	cat $(NEWEST)/newest.txt
+	if diff $(NEWEST)/pinned.txt $(NEWEST)/newest.txt; then echo "nothing is newer than the pins, which make test has tested"; else \
 	    $(NEWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal \
 	        tests/test_transformers.py tests/test_names.py tests/test_generate.py tests/test_explain_models.py; \
 	fi

@@ -27,17 +27,21 @@ def test_imports_go_down_and_in_no_circle():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+# Its docstring or first comment says why.
+LONG = {"kernels/triton/mm.py": 260}
+
+
 @pytest.mark.parametrize("path", FILES, ids=_name)
 def test_a_module_is_small_and_says_what_it_is(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 260
+    assert len(text.splitlines()) <= LONG.get(_name(path), 250)
     assert ast.get_docstring(ast.parse(text))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
 def test_a_cpp_file_is_small_and_says_what_it_is(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 260
+    assert len(text.splitlines()) <= 250
     assert text.startswith("// ")
     assert all(len(line) <= 125 for line in text.splitlines())
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fp6_compile.calibration.algorithms import RTN, Algorithm, Clip, Needs, Quantized, Search, Statistics
+from fp6_compile.calibration.algorithms import RTN, Algorithm, Clip, Quantized, Search, Statistics
 from fp6_compile.calibration.algorithms.base import per_weight
 from fp6_compile.quantize import Grid
 
@@ -128,11 +128,6 @@ class Asymmetric(Algorithm):
     """
 
     base: Algorithm = field(default_factory=RTN)
-
-    @property
-    def needs(self) -> Needs:
-        """Those of `base`."""
-        return self.base.needs
 
     def __call__(
         self, weight: Tensor, grid: Grid, group_size: int | None, stats: Statistics | None = None

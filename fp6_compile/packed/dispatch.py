@@ -238,12 +238,9 @@ def _mm(func: Any, args: Any, kwargs: Any) -> Any:
 @_implements(aten.addmm.default)
 def _addmm(func: Any, args: Any, kwargs: Any) -> Any:
     bias, x, weight = args
-    product = (
-        _mm(func, (x, weight), {}) * kwargs.get("alpha", 1)
-        if kwargs.get("alpha", 1) != 1
-        else _mm(func, (x, weight), {})
-    )
-    return product + (bias if kwargs.get("beta", 1) == 1 else kwargs["beta"] * bias)
+    alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
+    product = _mm(func, (x, weight), {})
+    return (product if alpha == 1 else product * alpha) + (bias if beta == 1 else beta * bias)
 
 
 @_implements(aten.mv.default)

@@ -82,8 +82,9 @@ class Algorithm(ABC):
 
     @property
     def needs(self) -> Needs:
-        """The statistics that it uses."""
-        return Needs.NOTHING
+        """The statistics that it uses: those of `base`, if it runs another algorithm."""
+        base = getattr(self, "base", None)
+        return Needs.NOTHING if base is None else base.needs
 
     @abstractmethod
     def __call__(
@@ -119,11 +120,6 @@ class Refinement(Algorithm):
     """An algorithm that improves on the result of another one, `base`."""
 
     base: Algorithm = field(default_factory=RTN)
-
-    @property
-    def needs(self) -> Needs:
-        """Those of `base`."""
-        return self.base.needs
 
     def __call__(
         self, weight: Tensor, grid: Grid, group_size: int | None, stats: Statistics | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fp6_compile.calibration.algorithms.base import Algorithm, Needs, Quantized, output_error
+from fp6_compile.calibration.algorithms.base import Algorithm, Quantized, output_error
 from fp6_compile.calibration.algorithms.scales import Clip
 from fp6_compile.calibration.algorithms.statistics import Statistics
 from fp6_compile.formats import FORMATS
@@ -30,11 +30,6 @@ class Search(Algorithm):
 
     base: Algorithm = field(default_factory=Clip)
     candidates: tuple[Grid, ...] = ()
-
-    @property
-    def needs(self) -> Needs:
-        """Those of `base`."""
-        return self.base.needs
 
     def __call__(
         self, weight: Tensor, grid: Grid, group_size: int | None, stats: Statistics | None = None

@@ -20,6 +20,7 @@ float32 activations use the FP16 weights, which float32 holds exactly, and IEEE 
 
 # mypy: allow-untyped-defs, disable-error-code="annotation-unchecked,assignment"
 # The arguments of a @triton.jit function are Triton's.
+# The file is long because ruff gives each of them a line of its own.
 # No `from __future__ import annotations` here: a kernel's annotations are read when it is launched.
 
 import math
