@@ -28,7 +28,6 @@ _PREAMBLE = """
 import ctypes, logging, os, shutil, sys, threading, time, torch
 from pathlib import Path
 from fp6_compile import ops
-from fp6_compile._compat.inductor_build import get_cpp_compiler
 from fp6_compile.formats import FORMATS
 from fp6_compile.kernels.cpu import build
 from fp6_compile.layouts.packing import CPU, PLANES, pack
@@ -73,7 +72,8 @@ _BUILD = "import torch; from fp6_compile import ops; ops.load(); print(*torch.op
 @pytest.mark.slow
 def test_several_processes_build_at_once(tmp_path):
     quick, cache = tmp_path / "c++", tmp_path / "cache"
-    quick.write_text(f'#!/bin/sh\nexec {get_cpp_compiler()} "$@" -O0\n')
+    count_links = f'case "$*" in *-shared*) printf 1 >> {tmp_path / "links"};; esac'
+    quick.write_text(f'#!/bin/sh\n{count_links}\nexec {get_cpp_compiler()} "$@" -O0\n')
     quick.chmod(0o755)
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "CXX": str(quick)}
     processes = [
@@ -81,7 +81,8 @@ def test_several_processes_build_at_once(tmp_path):
     ]
     outputs = {process.communicate()[0].strip() for process in processes}
     assert outputs == {" ".join(PATHS)}
-    assert len(list((cache / "fp6_compile").iterdir())) == 1
+    assert [path.suffix for path in (cache / "fp6_compile").iterdir() if path.name != "lock"] == [".so"]
+    assert (tmp_path / "links").read_text() == "1", "one process builds, the other waits for it"
 
 
 def test_the_library_is_built_once(tmp_path, monkeypatch):
@@ -258,7 +259,7 @@ def test_a_compiler_that_is_killed_leaves_nothing(tmp_path):
     errors = _python(code, TORCHINDUCTOR_CACHE_DIR=str(tmp_path), CXX=compiler)
     assert errors.count("no C++ kernel") == 1
     assert "SIGKILL" in errors
-    assert list((tmp_path / "fp6_compile").iterdir()) == []
+    assert [path.name for path in (tmp_path / "fp6_compile").iterdir()] == ["lock"]
 
 
 @pytest.mark.slow

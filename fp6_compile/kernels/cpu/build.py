@@ -2,12 +2,13 @@
 
 Each vector path is an object of its own, in flags of its own, so that one library serves every machine that shares the
 cache. Objects are made in a temporary folder and the finished library is moved to its place: a process that looks there
-finds all of it or nothing, and processes that build at the same time only waste work. It is opened once a process, and is
-complete when it registers its operators: the formats are constants in it.
+finds all of it or nothing. Processes that need it at the same time wait for the first one. It is opened once a process, and
+is complete when it registers its operators: the formats are constants in it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -23,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 _SOURCES = Path(__file__).parent / "csrc"
 _AVX512 = ["-mavx512f", "-mavx512bw", "-mfma"]
@@ -35,6 +37,9 @@ _X86 = {
 }
 # -ffp-contract: one rounding per multiply-add on every path that has the instruction. No -ffast-math: NaN means NaN.
 _FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-w"]
+
+# Seconds that a process waits for another one that builds: some times what it takes on two cores.
+_PATIENCE = 180
 
 _log = logging.getLogger("fp6_compile")
 
@@ -101,13 +106,26 @@ def _build() -> Path:
     target = Path(cache_dir()) / "fp6_compile" / f"{_key([*objects.values(), link])}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.mkdtemp(dir=target.parent)
+        lock = FileLock(target.parent / "lock")
+        # Not forever: a fork of a process that was killed while it built holds the lock until it ends. And not everywhere:
+        # some network file systems have no locks.
+        with contextlib.suppress(Timeout, OSError, NotImplementedError):
+            lock.acquire(timeout=_PATIENCE)
         try:
-            _run_all(objects, link, folder)
-            os.replace(Path(folder) / "fp6.so", target)
+            if not target.exists():  # by another process, meanwhile
+                _make(target, objects, link)
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            lock.release()
     return target
+
+
+def _make(target: Path, objects: dict[str, list[str]], link: list[str]) -> None:
+    folder = tempfile.mkdtemp(dir=target.parent)
+    try:
+        _run_all(objects, link, folder)
+        os.replace(Path(folder) / "fp6.so", target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def commands(compiler: str) -> tuple[dict[str, list[str]], list[str]]:
