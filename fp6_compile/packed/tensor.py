@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +34,11 @@ from fp6_compile.layouts.packing import PLANES, layout_for, plane_names
 from fp6_compile.layouts.spec import PackingSpec
 from fp6_compile.packed import dispatch
 from fp6_compile.packed.held import PackedBase
+from fp6_compile.packed.sharding import collectives, fsdp  # noqa: F401  (collectives defines operators)
 from fp6_compile.quantize import check, choose_format
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DATA: Any = Tensor.data
@@ -138,6 +142,22 @@ class PackedTensor(PackedBase):
         from fp6_compile.lowerings import source_hash  # imports Inductor, which is imported where it caches
 
         return f"{self.spec} {source_hash().hex()}"
+
+    def fsdp_pre_all_gather(
+        self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: tuple[int, ...], module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], PackingSpec]:
+        """What fully_shard gathers of this shard: sharding/fsdp.py."""
+        return fsdp.shard(self, mesh.size(), outer_size)
+
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], metadata: PackingSpec, param_dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """The weight that fully_shard has gathered; in `out`, where there is one."""
+        weight, own = fsdp.gathered(type(self), outputs, metadata, param_dtype)
+        if out is None:
+            return weight, own
+        fsdp.fill(out, weight)
+        return None
 
     def __repr__(self) -> str:  # type: ignore[override]
         spec, group = self.spec, f", group_size={self.spec.group_size}" if self.spec.group_size else ""
