@@ -122,6 +122,19 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     return copy if device.type == "meta" else copy.repack(layout_for(device, dtype, get_format(weight.spec.format)))
 
 
+@implements(aten.view.dtype)
+def _reinterpret(func: Any, args: Any, kwargs: Any) -> Tensor:
+    raise NotImplementedError(no_bytes(args[0]))
+
+
+def no_bytes(weight: PackedBase) -> str:
+    """What to say to whoever wants a weight's memory: accelerate, to write it to disk."""
+    return (
+        f"fp6: {weight!r} is not in memory as a {weight.dtype} tensor is, which NumPy and accelerate's disk offload need: "
+        "offload it to the CPU (device_map 'cpu'), or take weight.dequantize()"
+    )
+
+
 @implements(aten.copy_.default)
 def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
