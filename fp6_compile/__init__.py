@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from fp6_compile.config import QuantConfig
     from fp6_compile.explanation import Explanation, explain
     from fp6_compile.packed.quantize_model import quantize_
+    from fp6_compile.packed.sharding.checkpoint import load_planes_state_dict, planes_state_dict
     from fp6_compile.packed.slots import init_empty_weights
     from fp6_compile.packed.tensor import PackedTensor
     from fp6_compile.report import LinearReport, Refresh, Report, last_refresh, last_report, reports
@@ -63,8 +64,10 @@ _PUBLIC = {
     "last_refresh": "report",
     "last_report": "report",
     "load": "checkpoint.save_load",
+    "load_planes_state_dict": "packed.sharding.checkpoint",
     "load_quark_mxfp6": "checkpoint.mx",
     "mark_weights_changed": "backend.weights",
+    "planes_state_dict": "packed.sharding.checkpoint",
     "quantize_": "packed.quantize_model",
     "reports": "report",
     "save": "checkpoint.save_load",
@@ -91,8 +94,10 @@ __all__ = [
     "last_refresh",
     "last_report",
     "load",
+    "load_planes_state_dict",
     "load_quark_mxfp6",
     "mark_weights_changed",
+    "planes_state_dict",
     "quantize_",
     "reports",
     "save",

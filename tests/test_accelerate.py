@@ -171,15 +171,18 @@ def test_a_packed_model_is_loaded_into_an_empty_one_and_dispatched():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("way", ["disk_offload", "dispatch_model"])
-def test_disk_offload_says_what_to_do(dtype, way, tmp_path):
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (accelerate.disk_offload, {"execution_device": CPU}),
+        (accelerate.dispatch_model, {"device_map": {"0": "cpu", "1": "cpu", "2": "disk"}}),
+    ],
+)
+def test_disk_offload_says_what_to_do(dtype, function, arguments, tmp_path):
     model = _model(dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises((TypeError, NotImplementedError), match="disk offload need: offload it to the CPU .*dequantize"):
-        if way == "disk_offload":
-            accelerate.disk_offload(model, tmp_path, execution_device=CPU)
-        else:
-            accelerate.dispatch_model(model, {"0": "cpu", "1": "cpu", "2": "disk"}, offload_dir=tmp_path)
+        function(model, **arguments, offload_dir=tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

@@ -122,6 +122,11 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     return copy if device.type == "meta" else copy.repack(layout_for(device, dtype, get_format(weight.spec.format)))
 
 
+@implements(aten.is_pinned.default)
+def _is_pinned(func: Any, args: Any, kwargs: Any) -> bool:
+    return all(tensor.is_pinned() for tensor in args[0].tensors)
+
+
 @implements(aten.view.dtype)
 def _reinterpret(func: Any, args: Any, kwargs: Any) -> Tensor:
     raise NotImplementedError(no_bytes(args[0]))
@@ -148,7 +153,7 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     if target.is_part:
         raise ValueError(
             f"fp6: cannot copy into {target!r}: it is cut out of another packed weight, which the copy would not reach. "
-            "Write all of that weight, or a .clone() of the part"
+            "Write all of that weight, or a .clone() of the part; fp6_compile.planes_state_dict is loaded in any sharding"
         )
     target._held.write(source.repack(target.spec.layout).tensors)
     return target
