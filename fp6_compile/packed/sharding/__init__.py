@@ -2,6 +2,5 @@
 
 parts         slices of a weight, and pieces joined or padded into one    <- start here
 collectives   scatter, broadcast and all-gather: of bit planes and scales
-checkpoint    a state_dict of ordinary tensors, for torch.distributed.checkpoint
 fsdp          fully_shard: shards that are gathered for each forward
 """
