@@ -166,12 +166,13 @@ class PackedTensor(PackedBase):
 
     def fsdp_pre_all_gather(
         self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: tuple[int, ...], module: Any, mp_policy: Any
-    ) -> tuple[tuple[Tensor, ...], PackingSpec]:
+    ) -> tuple[tuple[Tensor, ...], fsdp.Shard]:
         """What fully_shard gathers of this shard: sharding/fsdp.py."""
-        return fsdp.shard(self, mesh.size(), outer_size)
+        shard = fsdp.shard(self, mesh.size(), outer_size)
+        return shard.tensors, shard
 
     def fsdp_post_all_gather(
-        self, outputs: tuple[Tensor, ...], metadata: PackingSpec, param_dtype: torch.dtype, *, out: Tensor | None = None
+        self, outputs: tuple[Tensor, ...], metadata: fsdp.Shard, param_dtype: torch.dtype, *, out: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]] | None:
         """The weight that fully_shard has gathered; in `out`, where there is one."""
         weight, own = fsdp.gathered(type(self), outputs, metadata, param_dtype)

@@ -9,7 +9,7 @@ and autograd know its tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,15 @@ from fp6_compile.packed.held import PackedBase
 aten = torch.ops.aten
 
 
-def shard(weight: PackedBase, world_size: int, size: torch.Size) -> tuple[tuple[Tensor, ...], PackingSpec]:
-    """What is gathered of this process's rows of a weight of `size`, scales as [N, G]; and how to read it.
+class Shard(NamedTuple):
+    """What is gathered of this process's rows, scales as [N, G]; and how to read it."""
+
+    tensors: tuple[Tensor, ...]
+    spec: PackingSpec
+
+
+def shard(weight: PackedBase, world_size: int, size: torch.Size) -> Shard:
+    """The rows of a weight of `size` that this process has.
 
     Raises ValueError if it is not an equal share of the rows.
     """
@@ -34,14 +41,16 @@ def shard(weight: PackedBase, world_size: int, size: torch.Size) -> tuple[tuple[
     if weight.shape[0] % rows_per_index(weight.spec.layout):
         weight = weight.repack(PLANES)  # one row an index, so that shards lie side by side without gaps
     *planes, scale = weight.tensors
-    return (*(plane.contiguous() for plane in planes), scale.t().contiguous()), weight.spec
+    return Shard((*(plane.contiguous() for plane in planes), scale.t().contiguous()), weight.spec)
 
 
 def gathered(
-    cls: type[PackedBase], outputs: Sequence[Tensor], spec: PackingSpec, dtype: torch.dtype
+    cls: type[PackedBase], outputs: Sequence[Tensor], shard: Shard, dtype: torch.dtype
 ) -> tuple[PackedBase, list[Tensor]]:
     """The whole weight, presented in `dtype`, and those of its tensors that do not lie in `outputs`."""
-    *planes, scale = outputs
+    # of a single process, whose shard is the whole, FSDP copies the first tensor only
+    *planes, scale = (*outputs, *(tensor.clone() for tensor in shard.tensors[len(outputs) :]))
+    spec = shard.spec
     scale = scale.view(1, -1) if scale.shape[1] == 1 else scale.t().contiguous()
     weight = cls(planes, scale, spec._replace(dtype=dtype))
     weight = weight.repack(layout_for(scale.device, dtype, get_format(spec.format)))
