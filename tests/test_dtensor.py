@@ -89,17 +89,6 @@ def _parallelize(rank):
         close(y, expected, roundings=8)
 
 
-def _all(rank):
-    _distribute(rank)
-    _shard_and_multiply(rank)
-    _parallelize(rank)
-
-
-@pytest.mark.slow
-def test_two_processes(tmp_path):
-    in_two_processes(_all, tmp_path)
-
-
 def _groups(rank):
     """A shard that would end within a group, in every process."""
     mesh = init_device_mesh("cpu", (2,))
@@ -107,9 +96,16 @@ def _groups(rank):
         distribute_tensor(_packed(0, 64, 192, "e2m3", 64), mesh, [Shard(1)])
 
 
+def _all(rank):
+    _distribute(rank)
+    _shard_and_multiply(rank)
+    _parallelize(rank)
+    _groups(rank)
+
+
 @pytest.mark.slow
-def test_groups_are_cut_whole(tmp_path):
-    in_two_processes(_groups, tmp_path)
+def test_two_processes(tmp_path):
+    in_two_processes(_all, tmp_path)
 
 
 @pytest.mark.parametrize("dim", [0, 1])

@@ -108,11 +108,6 @@ def _with_tensor_parallelism(mesh):
         torch.testing.assert_close(model(X), expected(X), atol=0.02, rtol=0.02)
 
 
-def _two(rank):
-    mesh = init_device_mesh("cpu", (2,))
-    _eager(mesh, group_size=64)
-
-
 def _all(rank):
     mesh = init_device_mesh("cpu", (2,))
     for how in ({}, {"group_size": 64}, {"format": "e2m2"}):
@@ -122,10 +117,6 @@ def _all(rank):
     _mixed_precision(mesh)
     _uneven(mesh)
     _with_tensor_parallelism(mesh)
-
-
-def test_two_processes_gather_what_they_need(tmp_path):
-    in_two_processes(_two, tmp_path)
 
 
 @pytest.mark.slow
