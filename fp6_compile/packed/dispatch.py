@@ -1,8 +1,7 @@
 """What a PackedTensor can do: one function for each operator. Any other operator is an error that says the way out.
 
-A copy or a view keeps the codes; a matmul of the transposed weight is `fp6::mm`; a slice is cut out of the codes and packed
-anew, so that it is the packing of the slice (and holds on to no more memory than it needs). Composite operators, such as
-`linear`, `chunk` or `narrow`, are decomposed into these.
+A copy or a view keeps the codes; a matmul of the transposed weight is `fp6::mm`; slices, and what torch.distributed does
+with them, are in sharding/. Composite operators, such as `linear`, `chunk` or `narrow`, are decomposed into these.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operator `func` of arguments of which at least one is a PackedTensor.
 
-    Raises NotImplementedError, naming the operator and the way out, for one that is not in this file.
+    Raises NotImplementedError, naming the operator and the way out, for one that nobody implements.
     """
     implementation = _IMPLEMENTATIONS.get(func) or _IMPLEMENTATIONS.get(func.name())
     if implementation is not None:
@@ -144,7 +143,7 @@ def no_bytes(weight: PackedBase) -> str:
 def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
     same = isinstance(target, PackedBase) and isinstance(source, PackedBase) and target.shape == source.shape
-    if not same or meaning(target) != meaning(source):
+    if not same or _meaning(target) != _meaning(source):
         raise ValueError(
             f"fp6: cannot copy {_describe(source)} into {_describe(target)}: only packed weights of one shape, format, "
             "group_size and dtype are copied in place. load_state_dict(..., assign=True) replaces weights; "
@@ -159,7 +158,7 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     return target
 
 
-def meaning(weight: PackedBase) -> tuple[Any, ...]:
+def _meaning(weight: PackedBase) -> tuple[Any, ...]:
     return weight.spec._replace(layout="")
 
 
@@ -172,7 +171,7 @@ def _equal(func: Any, args: Any, kwargs: Any) -> bool:
     one, other = args
     if not (isinstance(one, PackedBase) and isinstance(other, PackedBase) and one.shape == other.shape):
         return False
-    if meaning(one) != meaning(other):
+    if _meaning(one) != _meaning(other):
         return False
     return torch.equal(one.codes(), other.codes()) and torch.equal(one.scale, other.scale)
 

@@ -59,13 +59,13 @@ class PackedTensor(PackedBase):
     @staticmethod
     def __new__(cls, planes: Any, scale: Any = None, spec: Any = None, **attributes: Any) -> PackedTensor:
         if isinstance(planes, PackedBase):
-            planes, scale, spec = planes.planes, planes.scale, planes.spec
-        elif scale is None or spec is None:
+            return super().__new__(cls, planes.planes, planes.scale, planes.spec)
+        if scale is None or spec is None:
             raise TypeError(
                 f"fp6: a packed weight cannot become a {getattr(planes, 'dtype', type(planes).__name__)} tensor; "
                 "PackedTensor.quantize(weight) packs one, and quantize_(model) all of a model"
             )
-        return super().__new__(cls, planes, scale, spec)
+        return super().__new__(cls, planes, scale, spec, **attributes)
 
     def __init__(self, planes: Any, scale: Any = None, spec: Any = None, **attributes: Any) -> None:
         if isinstance(planes, PackedBase):

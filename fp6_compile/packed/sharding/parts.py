@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fp6_compile.formats import get_format
 from fp6_compile.layouts.packing import pack, rows_per_index
-from fp6_compile.packed.dispatch import implements, meaning, same_planes
+from fp6_compile.layouts.spec import PackingSpec
+from fp6_compile.packed.dispatch import implements, same_planes
 from fp6_compile.packed.held import PackedBase
 
 aten = torch.ops.aten
@@ -90,10 +91,15 @@ def _cat(func: Any, args: Any, kwargs: Any) -> Tensor:
     """Weights side by side along rows or inputs: the inverse of _split."""
     weights, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     first = weights[0]
-    if not all(isinstance(w, PackedBase) and meaning(w)[:3] == meaning(first)[:3] for w in weights):
+    if not all(isinstance(w, PackedBase) and _how(w) == _how(first) for w in weights):
         raise ValueError("fp6: cat joins packed weights of one format, group_size and dtype; .dequantize() them")
     weights = [weight.repack(first.spec.layout) for weight in weights]
     return join_rows(weights) if _is_rows(first, dim) else _join_inputs(weights)
+
+
+def _how(weight: PackedBase) -> PackingSpec:
+    """How it is packed, whatever its layout and inputs."""
+    return weight.spec._replace(layout="", k=0)
 
 
 def join_rows(weights: Sequence[PackedBase]) -> PackedBase:
