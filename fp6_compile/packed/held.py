@@ -116,6 +116,10 @@ class PackedBase(Tensor):
         """Bytes of bit planes and scales; `nbytes` are those of the weight it stands for."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    def data_ptr(self) -> int:
+        """The address of its first bit plane, by which others tell weights that are tied from those that are not."""
+        return self.planes[0].data_ptr()
+
     def codes(self) -> Tensor:
         """The codes [N, K] (uint8), whether it is transposed or not."""
         spec = self.spec

@@ -19,7 +19,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from multiprocessing.reduction import ForkingPickler
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +34,15 @@ from fp6_compile.layouts.packing import PLANES, layout_for, plane_names
 from fp6_compile.layouts.spec import PackingSpec
 from fp6_compile.packed import dispatch
 from fp6_compile.packed.held import PackedBase
-from fp6_compile.packed.sharding import collectives, fsdp  # noqa: F401  (collectives defines operators)
+from fp6_compile.packed.sharding import collectives  # noqa: F401  (defines operators)
+from fp6_compile.packed.sharding.fsdp import Shardable
 from fp6_compile.quantize import check, choose_format
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DATA: Any = Tensor.data
 
 
-class PackedTensor(PackedBase):
+class PackedTensor(Shardable):
     """A weight [N, K] (or, transposed, [K, N]) in bit planes; see this module's docstring.
 
     Args:
@@ -164,23 +162,6 @@ class PackedTensor(PackedBase):
 
         return f"{self.spec} {source_hash().hex()}"
 
-    def fsdp_pre_all_gather(
-        self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: tuple[int, ...], module: Any, mp_policy: Any
-    ) -> tuple[tuple[Tensor, ...], fsdp.Shard]:
-        """What fully_shard gathers of this shard: sharding/fsdp.py."""
-        shard = fsdp.shard(self, mesh.size(), outer_size)
-        return shard.tensors, shard
-
-    def fsdp_post_all_gather(
-        self, outputs: tuple[Tensor, ...], metadata: fsdp.Shard, param_dtype: torch.dtype, *, out: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]] | None:
-        """The weight that fully_shard has gathered; in `out`, where there is one."""
-        weight, own = fsdp.gathered(type(self), outputs, metadata, param_dtype)
-        if out is None:
-            return weight, own
-        fsdp.fill(out, weight)
-        return None
-
     def __repr__(self) -> str:  # type: ignore[override]
         spec, group = self.spec, f", group_size={self.spec.group_size}" if self.spec.group_size else ""
         return f"PackedTensor({list(self.shape)}, {self.dtype}, {spec.format}{group}, {spec.layout}, {self.device})"
@@ -204,10 +185,6 @@ class PackedTensor(PackedBase):
         self._held, self.spec = value._held, value.spec
 
     data = property(_DATA.__get__, _set_data)
-
-    def data_ptr(self) -> int:
-        """The address of its first bit plane, by which others tell weights that are tied from those that are not."""
-        return self.planes[0].data_ptr()
 
     def numpy(self, *, force: bool = False) -> Any:
         """TypeError: a packed weight has no array."""

@@ -9,7 +9,7 @@ and autograd know its tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from fp6_compile.layouts.spec import PackingSpec
 from fp6_compile.packed.dispatch import implements, viewed
 from fp6_compile.packed.held import PackedBase
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 aten = torch.ops.aten
 
 
@@ -29,6 +32,27 @@ class Shard(NamedTuple):
 
     tensors: tuple[Tensor, ...]
     spec: PackingSpec
+
+
+class Shardable(PackedBase):
+    """What fully_shard asks of a tensor subclass: these two methods, by these names."""
+
+    def fsdp_pre_all_gather(
+        self, mesh: DeviceMesh, outer_size: torch.Size, outer_stride: tuple[int, ...], module: Any, mp_policy: Any
+    ) -> tuple[tuple[Tensor, ...], Shard]:
+        """What is gathered of this shard of a weight of `outer_size`."""
+        own = shard(self, mesh.size(), outer_size)
+        return own.tensors, own
+
+    def fsdp_post_all_gather(
+        self, outputs: tuple[Tensor, ...], metadata: Shard, param_dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """The weight that was gathered; in `out`, where there is one."""
+        weight, own = gathered(type(self), outputs, metadata, param_dtype)
+        if out is None:
+            return weight, own
+        fill(out, weight)
+        return None
 
 
 def shard(weight: PackedBase, world_size: int, size: torch.Size) -> Shard:
