@@ -48,18 +48,14 @@ test-newest: $(READY)
 	        tests/test_transformers.py tests/test_names.py tests/test_generate.py tests/test_explain_models.py; \
 	fi
 
-# Inputs that once failed, where they lie beside this folder: a line each. 02 is of another issue, and needs accelerate.
+# Inputs that once failed, where they lie beside this folder: a line each.
 CASES := $(sort $(wildcard ../shared/cases/*.py))
-OTHER_ISSUES := 02_offload_hook
 
 cases: $(READY)
 	@failed=; for case in $(CASES); do \
 	    name=$$(basename $$case .py); log=$$(mktemp); \
 	    if PYTHONPATH=. timeout 300 $(BIN)/python $$case > $$log 2>&1; then echo "passed $$name"; \
-	    else case " $(OTHER_ISSUES) " in \
-	        *" $$name "*) echo "failed $$name (of another issue)";; \
-	        *) echo "FAILED $$name"; tail -n 5 $$log; failed="$$failed $$name";; \
-	    esac; fi; \
+	    else echo "FAILED $$name"; tail -n 5 $$log; failed="$$failed $$name"; fi; \
 	    rm -f $$log; \
 	done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }
