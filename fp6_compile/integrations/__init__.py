@@ -2,14 +2,16 @@
 
 transformers   from_pretrained quantizes and loads, save_pretrained saves
 
-`install` asks to be called back when one of these libraries is imported; it imports none of them. `import fp6_compile` calls it,
-and so does `import torch` (entry point `fp6` in the group `torch.backends`), unless TORCH_DEVICE_BACKEND_AUTOLOAD=0.
+`install` asks to be called back when one of these libraries is imported; it imports none of them. `import fp6_compile`
+calls it, and so does `import torch` (entry point `fp6` in the group `torch.backends`), unless
+TORCH_DEVICE_BACKEND_AUTOLOAD=0.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
@@ -32,7 +34,7 @@ def install() -> None:
             from wrapt import register_post_import_hook
 
             _waiting.add(name)
-            register_post_import_hook(lambda module, hook=hook: _call(hook, module), name)
+            register_post_import_hook(partial(_call, hook), name)
 
 
 def _call(hook: str, module: ModuleType) -> None:

@@ -20,7 +20,7 @@ _STORED = ("quant_method", "version", "format", "group_size", "modules_to_not_co
 _OF_QUANT_CONFIG = ("format", "group_size", "scale_method", "min_features", "include_float32")
 
 
-class Fp6Config(QuantizationConfigMixin):  # type: ignore[misc]
+class Fp6Config(QuantizationConfigMixin):
     """How `from_pretrained(..., quantization_config=Fp6Config())` quantizes a model while it loads, or loads a packed one.
 
     Args:
@@ -32,15 +32,18 @@ class Fp6Config(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: names of modules whose linears stay as they are: a name also covers what is below the module,
             and the end of longer names; regular expressions are allowed. None is transformers' own choice: the output
             embedding ("lm_head"), weights tied to others, and the module of the last parameter. [] is none.
-        target_bits: with format="auto", formats of 4 to 8 bits are mixed so that the model's error is least at this many bits
-            a weight, scales counted. All weights must be known before the first is packed: the peak of memory is then
+        target_bits: with format="auto", formats of 4 to 8 bits are mixed so that the model's error is least at this many
+            bits a weight, scales counted. All weights must be known before the first is packed: the peak of memory is then
             that of the 16-bit model.
-        module_formats: exceptions, by full module name: {"model.layers.0.mlp.down_proj": {"format": "e3m2", "group_size": 64}}.
+        module_formats: exceptions, by full module name:
+            {"model.layers.0.mlp.down_proj": {"format": "e3m2", "group_size": 64}}.
         dequantize: load a packed folder as an ordinary 16-bit model.
         version: of the folder's format.
 
     Raises ValueError, naming the field, what was given and what is allowed.
     """
+
+    quant_method: Any
 
     def __init__(
         self,
@@ -60,27 +63,25 @@ class Fp6Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method, self.version = quant_method, version
         self.format, self.group_size, self.scale_method = format, group_size, scale_method
         self.min_features, self.include_float32, self.target_bits = min_features, include_float32, target_bits
-        self.modules_to_not_convert = modules_to_not_convert
+        self.modules_to_not_convert = None if modules_to_not_convert is None else _names(modules_to_not_convert)
         self.module_formats = {} if module_formats is None else module_formats
         self.dequantize = dequantize
         if unknown:
-            raise ValueError(f"fp6: Fp6Config has no field {next(iter(unknown))!r}, its fields are {sorted(vars(self))}")
+            raise ValueError(
+                f"fp6: Fp6Config has no field {next(iter(unknown))!r}, its fields are {sorted(vars(self))}"
+            )
         self.post_init()
 
     def post_init(self) -> None:
         """Check all fields."""
         self.quant_config()
-        for module, about in _checked("module_formats", self.module_formats, "a dictionary by module name", Mapping).items():
-            needs = "a dictionary of 'format' and 'group_size'"
-            if not isinstance(about, Mapping) or not about or about.keys() - {"format", "group_size"}:
-                raise ValueError(f"fp6: module_formats[{module!r}] got {about!r}, needs {needs}")
-            self.quant_config(module)
-        names, bits = self.modules_to_not_convert, self.target_bits
-        if names is not None and (isinstance(names, str) or not all(isinstance(name, str) for name in names)):
-            raise ValueError(f"fp6: modules_to_not_convert got {names!r}, needs a list of module names or None")
-        if bits is not None and (type(bits) not in (int, float) or self.format != "auto"):
-            raise ValueError(f"fp6: target_bits got {bits!r} with format={self.format!r}, needs a number and 'auto'")
-        _checked("dequantize", self.dequantize, "True or False", bool)
+        self._check_module_formats()
+        bits = self.target_bits
+        if bits is not None and (type(bits) not in (int, float) or self.format != "auto" or self.module_formats):
+            needs = "a number, beside format='auto' and no module_formats"
+            raise ValueError(f"fp6: target_bits got {bits!r} with format={self.format!r}, needs {needs}")
+        if not isinstance(self.dequantize, bool):
+            raise ValueError(f"fp6: dequantize got {self.dequantize!r}, needs True or False")
         if self.quant_method != QUANT_METHOD:
             raise ValueError(f"fp6: quant_method got {self.quant_method!r}, needs {QUANT_METHOD!r}")
         if self.version != VERSION:
@@ -88,6 +89,15 @@ class Fp6Config(QuantizationConfigMixin):  # type: ignore[misc]
                 f"fp6: version got {self.version!r}, this fp6_compile knows {VERSION}; "
                 "use the fp6_compile that wrote the folder, or quantize the model anew"
             )
+
+    def _check_module_formats(self) -> None:
+        if not isinstance(self.module_formats, Mapping):
+            raise ValueError(f"fp6: module_formats got {self.module_formats!r}, needs a dictionary by module name")
+        for module, about in self.module_formats.items():
+            if not isinstance(about, Mapping) or not about or about.keys() - {"format", "group_size"}:
+                needs = "a dictionary of 'format' and 'group_size'"
+                raise ValueError(f"fp6: module_formats[{module!r}] got {about!r}, needs {needs}")
+            self.quant_config(module)
 
     def quant_config(self, module: str | None = None, **others: Any) -> QuantConfig:
         """How a linear is quantized: the named one, or those without an exception. `others` are fields of QuantConfig."""
@@ -99,11 +109,13 @@ class Fp6Config(QuantizationConfigMixin):  # type: ignore[misc]
         """What config.json says of a packed folder; and of a request, what differs from the defaults."""
         defaults = vars(type(self)())
         stored = {name: getattr(self, name) for name in _STORED}
-        others = {name: value for name, value in vars(self).items() if name not in stored and value != defaults.get(name)}
+        others = {
+            name: value for name, value in vars(self).items() if name not in stored and value != defaults.get(name)
+        }
         return copy.deepcopy({**stored, **others})
 
 
-def _checked(field: str, value: Any, words: str, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise ValueError(f"fp6: {field} got {value!r}, needs {words}")
-    return value
+def _names(given: Any) -> list[str]:
+    if not isinstance(given, (list, tuple, set)) or not all(isinstance(name, str) for name in given):
+        raise ValueError(f"fp6: modules_to_not_convert got {given!r}, needs a list of module names or None")
+    return list(given)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from fp6_compile.integrations.transformers.config import Fp6Config
 from fp6_compile.integrations.transformers.names import ConversionOps, SourceConverter, get_module_from_name
 from fp6_compile.packed import low_rank
 from fp6_compile.packed.tensor import PackedTensor
-
-if TYPE_CHECKING:
-    from fp6_compile.integrations.transformers.quantizer import Fp6HfQuantizer
 
 # How the tensors of a packed weight end: bit planes of all widths, scale.
 _SUFFIXES = ("w8", "w4", "w2", "w1", "scale")
@@ -46,7 +43,9 @@ def _check_agrees(weights: Mapping[str, PackedWeight], config: Fp6Config, folder
     modules = {name.removesuffix(".weight"): weight.spec for name, weight in weights.items()}
     for module, spec in modules.items():
         said = config.quant_config(module)
-        says = "is not packed" if module in (config.modules_to_not_convert or ()) else f"{said.format}, {said.group_size}"
+        says = (
+            "is not packed" if module in (config.modules_to_not_convert or ()) else f"{said.format}, {said.group_size}"
+        )
         if says != f"{spec.format}, {spec.group_size}":
             raise CheckpointError(
                 f"fp6: {folder}: config.json says of {module} (format, group_size): {says}; "
@@ -63,13 +62,13 @@ def grow(model: nn.Module, manifest: Manifest) -> None:
         low_rank.grow(linear, attribute, low_rank.empty(shapes[name], linear.get_parameter("weight").dtype))
 
 
-class Quantize(ConversionOps):  # type: ignore[misc]
+class Quantize(ConversionOps):
     """A weight of 16 or 32 bits -> a packed one."""
 
-    def __init__(self, hf_quantizer: Fp6HfQuantizer) -> None:
+    def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], *patterns: Any, model: Any = None, **kwargs: Any) -> dict[str, Any]:
         """`input_dict` by full parameter name; one of the model's own converters may have made several tensors of one."""
         return {name: self._quantized(name, _single(value), model) for name, value in input_dict.items()}
 
@@ -86,10 +85,10 @@ class Quantize(ConversionOps):  # type: ignore[misc]
         return nn.Parameter(packed, requires_grad=False)
 
 
-class Unpack(ConversionOps):  # type: ignore[misc]
+class Unpack(ConversionOps):
     """Bit planes and scale of a packed folder -> the packed weight, or with `dequantize` the 16-bit one."""
 
-    def __init__(self, hf_quantizer: Fp6HfQuantizer) -> None:
+    def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
         self.sources: list[str] = []
 
@@ -98,7 +97,7 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         return Unpack(self.hf_quantizer)
 
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
+        self, input_dict: dict[str, Any], *patterns: Any, full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
         """`input_dict` by pattern ("weight_w4"); `sources` are the names in the files."""
         name = self.sources[0].rpartition("_")[0]
@@ -114,7 +113,7 @@ class Unpack(ConversionOps):  # type: ignore[misc]
         return {full_layer_name: nn.Parameter(packed, requires_grad=False)}
 
 
-def unpacking(hf_quantizer: Fp6HfQuantizer) -> SourceConverter:
+def unpacking(hf_quantizer: Any) -> SourceConverter:
     """What makes the loader collect the tensors of each packed weight and give them to `Unpack`."""
     return SourceConverter([f"weight_{suffix}" for suffix in _SUFFIXES], "weight", [Unpack(hf_quantizer)])
 

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-class SourceConverter(WeightConverter):  # type: ignore[misc]
+class SourceConverter(WeightConverter):
     """A WeightConverter whose operation is told what the collected tensors are called in the files.
 
     A tensor's name in the model may be another: transformers adds and removes prefixes, and renames old models' modules.
@@ -37,11 +37,11 @@ class SourceConverter(WeightConverter):  # type: ignore[misc]
 
     __slots__ = ()
 
-    def convert(self, layer_name: str, **kwargs: Any) -> Any:
+    def convert(self, layer_name: str, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own; `sources` of the operation are the names in the files."""
-        (operation,) = self.operations
+        operation: Any = self.operations[0]
         operation.sources = sorted(self.layer_targets[layer_name])
-        return super().convert(layer_name, **kwargs)
+        return super().convert(layer_name, *args, **kwargs)
 
 
 def forget_loading(model: nn.Module) -> None:
@@ -51,7 +51,7 @@ def forget_loading(model: nn.Module) -> None:
         model._weight_conversions = [one for one in used if not isinstance(one, SourceConverter)]  # type: ignore[assignment]
 
 
-def stored_names(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def stored_names(model: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of `state` as files have them: renamed, merged or split as in the checkpoints that transformers reads."""
     done: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
     return done

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -25,7 +27,7 @@ class Plan:
     packed: names of the parameters that are packed. A tied one has several names.
     """
 
-    def __init__(self, model: nn.Module, config: Fp6Config, on_gpu: bool) -> None:
+    def __init__(self, model: Any, config: Fp6Config, on_gpu: bool) -> None:
         self.config = config
         self._excluded = HfQuantizer.get_modules_to_not_convert(
             model, config.modules_to_not_convert, kept_in_float32(model)
@@ -52,10 +54,10 @@ class Plan:
         tensor, skip = slot.tensor, self.reasons[slot.title]
         shape, dtype = tuple(tensor.shape), tensor.dtype
         if isinstance(tensor, PackedTensor):
-            return LinearReport(
-                slot.title, shape, dtype, tensor.nbytes, tensor.packed_bytes, format=tensor.spec.format
-            )
-        reason = skip.text if skip else next((refused[name] for name in slot.names if name in refused), "not in the files")
+            return LinearReport(slot.title, shape, dtype, tensor.nbytes, tensor.packed_bytes, format=tensor.spec.format)
+        reason = (
+            skip.text if skip else next((refused[name] for name in slot.names if name in refused), "not in the files")
+        )
         return LinearReport(slot.title, shape, dtype, tensor.nbytes, tensor.nbytes, reason)
 
 

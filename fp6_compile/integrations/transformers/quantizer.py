@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fp6_compile import integrations
 from fp6_compile.checkpoint.metadata import quantization_config as described
 from fp6_compile.checkpoint.packed_weight import PackedWeight
-from fp6_compile.integrations.transformers import register
 from fp6_compile.integrations.transformers.config import Fp6Config
 from fp6_compile.integrations.transformers.loading import Quantize, grow, read_folder, unpacking
 from fp6_compile.integrations.transformers.names import HfQuantizer, forget_loading, has_adapters
@@ -23,10 +23,11 @@ from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.report import log_report
 
 
-class Fp6HfQuantizer(HfQuantizer):  # type: ignore[misc]
+class Fp6HfQuantizer(HfQuantizer):
     """Of one model. `stored` are the packed weights of the folder that is loaded, by their names in it."""
 
     requires_calibration = False
+    quantization_config: Fp6Config
 
     def __init__(self, quantization_config: Fp6Config, **kwargs: Any) -> None:
         # A copy: the user's may be for several models, and what becomes of this one is written into it.
@@ -36,7 +37,7 @@ class Fp6HfQuantizer(HfQuantizer):  # type: ignore[misc]
         self.refused: dict[str, str] = {}
         self.original_names = False
         self._device_map: Any = None
-        register.wrap_methods()
+        integrations.install()  # methods of PreTrainedModel, which may not have been there when transformers was imported
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         """Called once with the user's device_map, and for "auto" again with what became of it."""
@@ -139,8 +140,8 @@ class Fp6HfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in self.stored if self.plan is None else self.plan.packed:
             if _device(self._device_map, name) == "disk":
                 raise ValueError(
-                    f"fp6: device_map puts {name} on the disk, from where it cannot be packed. Quantize with device_map='cpu', "
-                    "save_pretrained, and load that folder; or give max_memory what the packed model needs"
+                    f"fp6: device_map puts {name} on the disk, where packed weights cannot be. Quantize with "
+                    "device_map='cpu', save_pretrained, and load that folder with max_memory for the packed model"
                 )
 
 

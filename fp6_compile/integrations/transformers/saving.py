@@ -23,7 +23,7 @@ class Flattened:
     original_names: the names of the checkpoints that transformers reads, where the model's modules are called otherwise.
     """
 
-    def __init__(self, model: nn.Module, original_names: bool) -> None:
+    def __init__(self, model: Any, original_names: bool) -> None:
         self.model, self.parts, self.weights = model, dict[str, Tensor](), dict[str, PackedWeight]()
         self.tied = _tied(model)
         for name, tensor in model.state_dict().items():
@@ -76,7 +76,7 @@ def _tied(model: nn.Module) -> dict[str, str]:
     for name, tensor in model.state_dict(keep_vars=True).items():
         names.setdefault(id(tensor), []).append(name)
     aliases = tied_names(model)
-    tied = {}
+    tied: dict[str, str] = {}
     for same in names.values():
         kept = min(same, key=lambda name: name in aliases)
         tied |= {name: kept for name in same if name != kept}
