@@ -114,6 +114,10 @@ class Fp6Config(QuantizationConfigMixin):
         }
         return copy.deepcopy({**stored, **others})
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict`, by the name that transformers 5.0 prints a configuration by."""
+        return self.to_dict()
+
 
 def _names(given: Any) -> list[str]:
     if not isinstance(given, (list, tuple, set)) or not all(isinstance(name, str) for name in given):

@@ -115,7 +115,7 @@ class Unpack(ConversionOps):
 
 def unpacking(hf_quantizer: Any) -> SourceConverter:
     """What makes the loader collect the tensors of each packed weight and give them to `Unpack`."""
-    return SourceConverter([f"weight_{suffix}" for suffix in _SUFFIXES], "weight", [Unpack(hf_quantizer)])
+    return SourceConverter([f"weight_{suffix}" for suffix in _SUFFIXES], "weight", operations=[Unpack(hf_quantizer)])
 
 
 def _single(value: Any) -> Tensor:

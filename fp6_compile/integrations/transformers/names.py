@@ -14,6 +14,8 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, reve
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from fp6_compile.packed.tensor import PackedTensor
+
 __all__ = [
     "ConversionOps",
     "HfQuantizer",
@@ -27,6 +29,9 @@ __all__ = [
     "stored_names",
     "tied_names",
 ]
+
+# Not to be given random values, nor what becomes of one: 5.8 asks `weight.float()`.
+PackedTensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 class SourceConverter(WeightConverter):

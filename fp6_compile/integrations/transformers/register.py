@@ -18,14 +18,27 @@ from fp6_compile.packed.tensor import PackedTensor
 
 def add_quantizer(auto: ModuleType) -> None:
     """Register with `transformers.quantizers.auto`, once; not before it is whole: its imports may be what imports torch."""
-    if not hasattr(auto, "get_hf_quantizer") or "fp6" in auto.AUTO_QUANTIZER_MAPPING:
+    if not hasattr(auto, "get_hf_quantizer") or "fp6" in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         return
-    from fp6_compile.integrations.transformers.config import Fp6Config
-    from fp6_compile.integrations.transformers.quantizer import Fp6HfQuantizer
-
+    try:
+        from fp6_compile.integrations.transformers.config import Fp6Config
+        from fp6_compile.integrations.transformers.quantizer import Fp6HfQuantizer
+    except Exception as error:  # a transformers without the names that these need
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING["fp6"] = _Unusable(error)
+        raise
     auto.register_quantization_config("fp6")(Fp6Config)
     auto.register_quantizer("fp6")(Fp6HfQuantizer)
     wrap_function_wrapper(auto, "AutoHfQuantizer.merge_quantization_configs", _merge)
+
+
+class _Unusable:
+    """In the place of Fp6Config: loading a packed folder is an error, and not a model of random values."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def from_dict(self, *args: Any, **kwargs: Any) -> Any:
+        raise ImportError(f"fp6: packed models cannot be loaded with this transformers: {self.error!r}") from self.error
 
 
 def wrap_methods(modeling_utils: ModuleType | None = None) -> None:
