@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fp6_compile import integrations
 from fp6_compile.checkpoint.metadata import quantization_config as described
 from fp6_compile.checkpoint.packed_weight import PackedWeight
+from fp6_compile.formats import get_format
 from fp6_compile.integrations.transformers.config import Fp6Config
 from fp6_compile.integrations.transformers.loading import Quantize, grow, read_folder, unpacking
 from fp6_compile.integrations.transformers.names import HfQuantizer, forget_loading, has_adapters
@@ -54,8 +55,9 @@ class Fp6HfQuantizer(HfQuantizer):
         if not self.param_needs_quantization(model, param_name):
             return float(param.element_size())
         how = self.quantization_config.quant_config(param_name.removesuffix(".weight"))
+        bits = 6 if how.format == "auto" else get_format(how.format).bits
         groups = 1 if how.group_size is None else -(-param.shape[1] // how.group_size)
-        return 6 / 8 + 4 * groups / param.shape[1]
+        return bits / 8 + 4 * groups / param.shape[1]
 
     def get_quantize_ops(self) -> Quantize:
         """What quantizes a parameter."""
