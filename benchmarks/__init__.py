@@ -1,5 +1,6 @@
 """Measurements, each beside alternatives in the same run. A package is a command of its name, too.
 
+first        the first quarter of an hour on a GPU: exactness, then times
 all          everything that is measured on a GPU machine
 linear       matmuls on a GPU; plots draws them, tune finds the fastest tile
 plots
