@@ -46,7 +46,7 @@ def _run(code, **variables):
 @pytest.mark.parametrize(
     "first",
     [
-        "import fp6_compile",
+        pytest.param("import fp6_compile", marks=pytest.mark.slow),
         pytest.param("import transformers.modeling_utils, fp6_compile", marks=pytest.mark.slow),
         pytest.param("import transformers.quantizers.auto, fp6_compile", marks=pytest.mark.slow),
         pytest.param(AUTOLOAD, marks=pytest.mark.slow if INSTALLED else []),
@@ -65,6 +65,7 @@ def test_importing_the_package_does_not_import_transformers():
     _run("import sys, fp6_compile; assert 'transformers' not in sys.modules")
 
 
+@pytest.mark.slow
 def test_import_torch_and_transformers_outlive_our_errors():
     _run(
         """
@@ -78,6 +79,7 @@ import transformers.quantizers.auto
     )
 
 
+@pytest.mark.slow
 def test_an_unknown_transformers_is_an_error_and_no_random_model(folder):
     """What the integration imports of transformers may be gone some day."""
     code = f"""

@@ -46,7 +46,7 @@ def _gradients(model, call):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("backend", [None, "inductor", "fp6"])
+@pytest.mark.parametrize("backend", [None, pytest.param("inductor", marks=pytest.mark.slow), "fp6"])
 def test_gradients_of_adapters_are_those_on_the_dequantized_model(backend, folder, captured):
     model, reference = _adapted(_load(folder)), _adapted(_load(folder, dequantize=True))
     expected = _gradients(reference, reference)
