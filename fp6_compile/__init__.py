@@ -3,6 +3,7 @@
 From the top down; a package imports only what stands below it.
 
     algorithms    old name of calibration.algorithms
+    integrations  transformers quantizes, loads and saves packed models
     cli           the command fp6-compile: quantize, explain, inspect, verify
     explanation   explain: what compiling would do, without doing it
     fake_gpu      a GPU that is not there, for explanations and tests
@@ -35,6 +36,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fp6_compile import integrations
+
 if TYPE_CHECKING:
     from fp6_compile.backend.weights import mark_weights_changed
     from fp6_compile.calibration.run import calibrate_
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from fp6_compile.checkpoint.save_model import save
     from fp6_compile.config import QuantConfig
     from fp6_compile.explanation import Explanation, explain
+    from fp6_compile.integrations.transformers.config import Fp6Config as Fp6Config
     from fp6_compile.packed.quantize_model import quantize_
     from fp6_compile.packed.slots import init_empty_weights
     from fp6_compile.packed.tensor import PackedTensor
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "CheckpointError": "checkpoint.packed_weight",
     "Explanation": "explanation",
+    "Fp6Config": "integrations.transformers.config",
     "LinearReport": "report",
     "PackedTensor": "packed.tensor",
     "QuantConfig": "config",
@@ -81,6 +86,7 @@ _DEPRECATED = {
     "refresh": "mark_weights_changed",
 }
 
+# All but Fp6Config: `import *` does not need transformers.
 __all__ = [
     "CheckpointError",
     "Explanation",
@@ -131,4 +137,7 @@ torch.serialization.add_safe_globals([(_unpickle, name) for name in _PICKLED])
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PUBLIC})
+
+
+integrations.install()
