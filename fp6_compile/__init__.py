@@ -21,8 +21,9 @@ From the top down; a package imports only what stands below it.
     formats       EeMm of 3 to 8 bits: values, bias shift
     _compat       private names of torch and Triton
 
-Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
-Triton nor Inductor; a public name is imported when it is first used.
+Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package defines its
+operators, which is what exported programs need to be loaded, and imports neither Triton nor Inductor; a public name is
+imported when it is first used.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fp6_compile import ops as ops
+
 if TYPE_CHECKING:
     from fp6_compile.backend.weights import mark_weights_changed
     from fp6_compile.calibration.run import calibrate_
@@ -44,6 +47,7 @@ if TYPE_CHECKING:
     from fp6_compile.checkpoint.save_load import load, save
     from fp6_compile.config import QuantConfig
     from fp6_compile.explanation import Explanation, explain
+    from fp6_compile.kernels.cpu.build import operator_library
     from fp6_compile.packed.quantize_model import quantize_
     from fp6_compile.packed.slots import init_empty_weights
     from fp6_compile.packed.tensor import PackedTensor
@@ -65,6 +69,7 @@ _PUBLIC = {
     "load": "checkpoint.save_load",
     "load_quark_mxfp6": "checkpoint.mx",
     "mark_weights_changed": "backend.weights",
+    "operator_library": "kernels.cpu.build",
     "quantize_": "packed.quantize_model",
     "reports": "report",
     "save": "checkpoint.save_load",
@@ -93,6 +98,7 @@ __all__ = [
     "load",
     "load_quark_mxfp6",
     "mark_weights_changed",
+    "operator_library",
     "quantize_",
     "reports",
     "save",
