@@ -3,6 +3,7 @@
 From the top down; a package imports only what stands below it.
 
     algorithms    old name of calibration.algorithms
+    integrations  transformers quantizes, loads and saves packed models
     cli           the command fp6-compile: quantize, explain, inspect, verify
     explanation   explain: what compiling would do, without doing it
     fake_gpu      a GPU that is not there, for explanations and tests
@@ -21,9 +22,8 @@ From the top down; a package imports only what stands below it.
     formats       EeMm of 3 to 8 bits: values, bias shift
     _compat       private names of torch and Triton
 
-Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package defines its
-operators, which is what exported programs need to be loaded, and imports neither Triton nor Inductor; a public name is
-imported when it is first used.
+Nothing needs to be imported to use the backend: torch finds it by its entry point. Importing this package imports neither
+Triton nor Inductor; a public name is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -36,17 +36,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fp6_compile import ops as ops
+from fp6_compile import integrations
 
 if TYPE_CHECKING:
     from fp6_compile.backend.weights import mark_weights_changed
     from fp6_compile.calibration.run import calibrate_
     from fp6_compile.calibration.sensitivity import sensitivities
-    from fp6_compile.checkpoint.manifest import CheckpointError
+    from fp6_compile.checkpoint.load_model import load
     from fp6_compile.checkpoint.mx import load_quark_mxfp6
-    from fp6_compile.checkpoint.save_load import load, save
+    from fp6_compile.checkpoint.packed_weight import CheckpointError
+    from fp6_compile.checkpoint.save_model import save
     from fp6_compile.config import QuantConfig
     from fp6_compile.explanation import Explanation, explain
+    from fp6_compile.integrations.transformers.config import Fp6Config as Fp6Config
     from fp6_compile.kernels.cpu.build import operator_library
     from fp6_compile.packed.quantize_model import quantize_
     from fp6_compile.packed.slots import init_empty_weights
@@ -54,8 +56,9 @@ if TYPE_CHECKING:
     from fp6_compile.report import LinearReport, Refresh, Report, last_refresh, last_report, reports
 
 _PUBLIC = {
-    "CheckpointError": "checkpoint.manifest",
+    "CheckpointError": "checkpoint.packed_weight",
     "Explanation": "explanation",
+    "Fp6Config": "integrations.transformers.config",
     "LinearReport": "report",
     "PackedTensor": "packed.tensor",
     "QuantConfig": "config",
@@ -66,13 +69,13 @@ _PUBLIC = {
     "init_empty_weights": "packed.slots",
     "last_refresh": "report",
     "last_report": "report",
-    "load": "checkpoint.save_load",
+    "load": "checkpoint.load_model",
     "load_quark_mxfp6": "checkpoint.mx",
     "mark_weights_changed": "backend.weights",
     "operator_library": "kernels.cpu.build",
     "quantize_": "packed.quantize_model",
     "reports": "report",
-    "save": "checkpoint.save_load",
+    "save": "checkpoint.save_model",
     "sensitivities": "calibration.sensitivity",
 }
 # Names of version 0.1. They go with the next version.
@@ -82,6 +85,7 @@ _DEPRECATED = {
     "refresh": "mark_weights_changed",
 }
 
+# All but Fp6Config: `import *` does not need transformers.
 __all__ = [
     "CheckpointError",
     "Explanation",
@@ -131,4 +135,7 @@ torch.serialization.add_safe_globals([(_unpickle, name) for name in _PICKLED])
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_PUBLIC})
+
+
+integrations.install()

@@ -163,6 +163,22 @@ class PackedTensor(PackedBase):
 
     data = property(_DATA.__get__, _set_data)
 
+    def __iadd__(self, other: Any) -> PackedTensor:  # type: ignore[misc]
+        """What PEFT merges an adapter with. Raises NotImplementedError with the way out."""
+        raise NotImplementedError(
+            f"fp6: cannot add to {self!r} in place: its values are rounded to codes. To merge an adapter, dequantize the "
+            "model (transformers: model.dequantize()), merge, and call quantize_ again"
+        )
+
+    __isub__ = __iadd__
+
+    def storage(self) -> Any:
+        """It has none: what safetensors asks for before it writes a tensor. Raises TypeError with the way out."""
+        raise TypeError(
+            f"fp6: {self!r} is no tensor that safetensors can write. model.save_pretrained(folder) of a transformers model "
+            "and fp6_compile.save(model, folder) write its bit planes and scale"
+        )
+
     def share_memory_(self) -> PackedTensor:
         """Move bit planes and scale to memory that processes share; a no-op where they are, and on GPUs."""
         for tensor in self.tensors:
