@@ -25,13 +25,12 @@ from fp6_compile.fake_gpu.device import fake_device
 from fp6_compile.fake_gpu.devices import DEVICES
 from fp6_compile.fake_gpu.driver import no_self_test
 
-
 # In the module, around what it computes: keeping the compiled kernels for the second time.
 _KEEPING = re.compile(r"^    for kernel in globals\(\)\.values\(\):\n(?:        .*\n)+", re.MULTILINE)
 
 
 class Package(NamedTuple):
-    """`module`: the text of the Python module, without what keeps compiled kernels. `cpp`: the C++ that is compiled and packed."""
+    """`module`: the text of the Python module, without what keeps compiled kernels. `cpp`: that of the package."""
 
     module: str
     cpp: str
