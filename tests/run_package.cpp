@@ -13,5 +13,5 @@ int main(int, char** argv) {
   const int64_t rows = std::atoi(argv[3]), features = std::atoi(argv[4]);
   const at::Tensor x = at::linspace(-1, 1, rows * features).view({rows, features}).to(at::kBFloat16);
   const at::Tensor out = model.run({x})[0].to(at::kFloat).contiguous();
-  for (int64_t i = 0; i < out.numel(); i++) std::printf("%.9g\n", out.const_data_ptr<float>()[i]);
+  for (int64_t i = 0; i < out.numel(); i++) std::printf("%.17g\n", out.const_data_ptr<float>()[i]);
 }
