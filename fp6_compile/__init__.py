@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from fp6_compile.config import QuantConfig
     from fp6_compile.explanation import Explanation, explain
     from fp6_compile.integrations.transformers.config import Fp6Config as Fp6Config
+    from fp6_compile.kernels.cpu.build import operator_library
     from fp6_compile.packed.quantize_model import quantize_
     from fp6_compile.packed.slots import init_empty_weights
     from fp6_compile.packed.tensor import PackedTensor
@@ -73,6 +74,7 @@ _PUBLIC = {
     "load_planes_state_dict": "checkpoint.distributed.state_dict",
     "load_quark_mxfp6": "checkpoint.mx",
     "mark_weights_changed": "backend.weights",
+    "operator_library": "kernels.cpu.build",
     "planes_state_dict": "checkpoint.distributed.state_dict",
     "quantize_": "packed.quantize_model",
     "reports": "report",
@@ -104,6 +106,7 @@ __all__ = [
     "load_planes_state_dict",
     "load_quark_mxfp6",
     "mark_weights_changed",
+    "operator_library",
     "planes_state_dict",
     "quantize_",
     "reports",

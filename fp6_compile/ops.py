@@ -49,10 +49,11 @@ _lib.define(
     tags=_TAGS,
 )
 for _name in ("mm", "mm_by_rows"):
-    _lib.define(
-        f"{_name}(Tensor x, Tensor[] planes, Tensor scale, str format, str layout, int? group_size) -> Tensor",
-        tags=_TAGS,
-    )
+    if not hasattr(torch.ops.fp6, _name):  # op.cpp defines mm, too, for processes that load the C++ library alone
+        _lib.define(
+            f"{_name}(Tensor x, Tensor[] planes, Tensor scale, str format, str layout, int? group_size) -> Tensor",
+            tags=_TAGS,
+        )
 
 # Dequantized at a time: 1 MiB of float16, which stays in a core's second-level cache.
 _BLOCK = 1 << 19

@@ -114,3 +114,32 @@ def test_second_process_of_a_transformers_model(packed, tmp_path):
     assert second["miss"] == second["fx_miss"] == 0
     assert second["hit"] == first["miss"] + first["hit"] > 2
     assert second["sum"] == first["sum"]
+
+
+# `torch.compiler.save_cache_artifacts` to a file, or a file loaded into a cache that is empty.
+ARTIFACTS = """
+from pathlib import Path
+file, inner = Path("FILE"), LAYER
+if file.exists():
+    assert torch.compiler.load_cache_artifacts(file.read_bytes()) is not None
+exec(inner)
+if not file.exists():
+    file.write_bytes(torch.compiler.save_cache_artifacts()[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packed", [False, True])
+def test_artifacts_carry_the_graphs_to_another_machine(packed, copy):
+    pack = "\nfp6_compile.quantize_(model)\nout = " if packed else "\nout = "
+    script = ARTIFACTS.replace("LAYER", repr(LAYER.replace("\nout = ", pack))).replace("FILE", str(copy / "artifacts"))
+    first, second = (_run(copy, copy / name, script) for name in ("here", "there"))
+    assert (first["miss"], first["bypass"], first["fx_miss"]) == (1, 0, 1)
+    assert (second["hit"], second["miss"], second["fx_hit"], second["fx_miss"]) == (1, 0, 1, 0)
+    assert second["sum"] == first["sum"]
+
+    with (copy / "fp6_compile/ops.py").open("a") as source:
+        source.write("\n# an edit\n")
+    edited = _run(copy, copy / "edited", script)
+    assert (edited["hit"], edited["miss"], edited["fx_hit"]) == (0, 1, 0)
+    assert edited["sum"] == first["sum"]

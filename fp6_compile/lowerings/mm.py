@@ -6,11 +6,15 @@ transpose, [BLOCK_N, BLOCK_M]; `store_output` takes the indices as they are, and
 
 With a symbolic M the tile must not be the first shape's: the call stays a call, and the launcher picks the tile each time.
 With a static M so large that a dequantized copy and ATen's matmul are faster, it stays a call, too.
+
+Not in a package of AOTInductor, which would need Python for either: there it is always the template, with a symbolic M by
+the tile of the example's M.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +48,15 @@ def lower_mm(x: Any, planes: Sequence[Any], scale: Any, format: str, layout: str
     """The lowering of fp6::mm: x [*, K] -> [*, N]."""
     *leading, k = x.get_size()
     m, n = sympy.prod(leading), scale.get_size()[1]
-    static = all(isinstance(size, sympy.Integer) and size > 0 for size in (m, n, k))
+    packages = inductor.V.graph.aot_mode
+    rows = inductor.V.graph.sizevars.optimization_hint(m) if packages else m
+    static = all(isinstance(size, (int, sympy.Integer)) and size > 0 for size in (rows, n, k))
     if not (static and has_kernel(x.get_device(), x.get_dtype(), layout, group_size)):
         return _call_eager(x, planes, scale, format, layout, group_size)
-    problem = (x.get_device(), int(m), int(n), int(k), group_size, x.get_dtype(), get_format(format))
+    problem = (x.get_device(), int(rows), int(n), int(k), group_size, x.get_dtype(), get_format(format))
     configs = kernels_device.choices(*problem)
+    if packages:
+        configs = _without_python(configs, whole=rows != m)
     if not inductor.autotunes():
         configs = configs[:1]
     if configs == (None,):
@@ -64,6 +72,12 @@ def lower_mm(x: Any, planes: Sequence[Any], scale: Any, format: str, layout: str
     else:
         out = _whole([x, *weight], configs, how)
     return lower[aten.reshape](out, [*leading, n])
+
+
+def _without_python(configs: Sequence[Config | None], whole: bool) -> tuple[Config, ...]:
+    """The Triton kernels among `configs`; if `whole`, without parts: there are scratch and locks for one M only."""
+    kernels = [config for config in configs if config is not None]
+    return tuple(dict.fromkeys(replace(config, SPLIT_K=1) if whole else config for config in kernels))
 
 
 def _in_parts(inputs: list[Any], configs: Sequence[Config], how: Mapping[str, Any]) -> Any:

@@ -72,6 +72,23 @@ def library() -> ctypes.CDLL | None:
         return _load()
 
 
+def operator_library() -> str:
+    """Path of the C++ library that defines `fp6::mm` for CPUs, built if need be, and loaded here.
+
+    A process without this package, in Python or C++, runs AOTInductor packages of packed models once it has loaded this file
+    or a copy of it: `torch.ops.load_library(path)`, `dlopen(path, RTLD_NOW)`. It needs torch of the version it was built
+    with, on the same operating system and architecture. Which vector instructions the CPU has does not matter.
+
+    Raises RuntimeError where there is no library: no C++20 compiler, no folder to build in.
+    """
+    if not load():
+        raise RuntimeError(
+            "fp6: the C++ library could not be built, as the warning says. Install a C++20 compiler (Debian: "
+            "apt install g++; conda: conda install gxx) or point CXX at one"
+        )
+    return str(_build())
+
+
 @functools.cache
 def _load() -> ctypes.CDLL | None:
     most, known = os.environ.get("FP6_MAX_CPU_PATH"), ("portable", *_X86)

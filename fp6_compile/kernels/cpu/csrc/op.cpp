@@ -197,9 +197,10 @@ Tensor mm_in_planes(const Tensor& x_, const InPlanes& packed) {
 // What no kernel takes: other layouts, dtypes and formats.
 Tensor by_rows(const Tensor& x, at::TensorList planes, const Tensor& scale, c10::string_view format, c10::string_view layout,
                optional<int64_t> group_size) {
-  auto& dispatcher = c10::Dispatcher::singleton();
-  static const auto op = dispatcher.findSchemaOrThrow("fp6::mm_by_rows", "").typed<decltype(by_rows)>();
-  return op.call(x, planes, scale, format, layout, group_size);
+  const auto op = c10::Dispatcher::singleton().findSchema({"fp6::mm_by_rows", ""});
+  TORCH_CHECK_VALUE(op, "fp6: no kernel for x of ", x.dtype(), " by format '", string(format), "' in layout '",
+                    string(layout), "' without Python; fp6_compile.ops has one for all");
+  return op->typed<decltype(by_rows)>().call(x, planes, scale, format, layout, group_size);
 }
 
 Tensor mm(const Tensor& x, at::TensorList planes, const Tensor& scale, c10::string_view format, c10::string_view layout,
@@ -225,14 +226,18 @@ Tensor mm_by(const Tensor& x, at::TensorList planes, const Tensor& scale, c10::s
 
 }  // namespace
 
+// With or without ops.py, which defines the same `mm`: a program that runs an AOTInductor package loads this library alone.
 TORCH_LIBRARY_FRAGMENT(fp6, library) {
+  const auto is_known = [](const char* name) { return c10::Dispatcher::singleton().findSchema({name, ""}).has_value(); };
+  if (is_known("fp6::cpu_mm")) return;  // loaded already, from another file
+  library.set_python_module("fp6_compile.ops");
+  if (!is_known("fp6::mm"))
+    library.def("mm(Tensor x, Tensor[] planes, Tensor scale, str format, str layout, int? group_size) -> Tensor",
+                {at::Tag::pt2_compliant_tag, at::Tag::flexible_layout});
   library.def("cpu_paths() -> str[]", supported_paths);
   library.def(
       "cpu_mm(Tensor x, Tensor[] planes, Tensor scale, str format, int? group_size, str path, bool blocks)"
       " -> Tensor");
-}
-
-TORCH_LIBRARY_IMPL(fp6, CPU, library) {
-  library.impl("mm", mm);
-  library.impl("cpu_mm", mm_by);
+  library.impl("mm", torch::dispatch(at::kCPU, mm));
+  library.impl("cpu_mm", torch::dispatch(at::kCPU, mm_by));
 }
