@@ -3,6 +3,7 @@
 From the top down; a package imports only what stands below it.
 
     algorithms    old name of calibration.algorithms
+    integrations  the package inside other libraries: a plug-in of vLLM
     cli           the command fp6-compile: quantize, explain, inspect, verify
     explanation   explain: what compiling would do, without doing it
     fake_gpu      a GPU that is not there, for explanations and tests
