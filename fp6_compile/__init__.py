@@ -40,9 +40,10 @@ if TYPE_CHECKING:
     from fp6_compile.backend.weights import mark_weights_changed
     from fp6_compile.calibration.run import calibrate_
     from fp6_compile.calibration.sensitivity import sensitivities
-    from fp6_compile.checkpoint.manifest import CheckpointError
+    from fp6_compile.checkpoint.load_model import load
     from fp6_compile.checkpoint.mx import load_quark_mxfp6
-    from fp6_compile.checkpoint.save_load import load, save
+    from fp6_compile.checkpoint.packed_weight import CheckpointError
+    from fp6_compile.checkpoint.save_model import save
     from fp6_compile.config import QuantConfig
     from fp6_compile.explanation import Explanation, explain
     from fp6_compile.packed.quantize_model import quantize_
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from fp6_compile.report import LinearReport, Refresh, Report, last_refresh, last_report, reports
 
 _PUBLIC = {
-    "CheckpointError": "checkpoint.manifest",
+    "CheckpointError": "checkpoint.packed_weight",
     "Explanation": "explanation",
     "LinearReport": "report",
     "PackedTensor": "packed.tensor",
@@ -63,12 +64,12 @@ _PUBLIC = {
     "init_empty_weights": "packed.slots",
     "last_refresh": "report",
     "last_report": "report",
-    "load": "checkpoint.save_load",
+    "load": "checkpoint.load_model",
     "load_quark_mxfp6": "checkpoint.mx",
     "mark_weights_changed": "backend.weights",
     "quantize_": "packed.quantize_model",
     "reports": "report",
-    "save": "checkpoint.save_load",
+    "save": "checkpoint.save_model",
     "sensitivities": "calibration.sensitivity",
 }
 # Names of version 0.1. They go with the next version.

@@ -42,10 +42,11 @@ def captured():
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory):
-    """A folder with a packed model in three shards."""
+    """A folder with a packed model in three shards, and one more file for its buffers."""
     folder = tmp_path_factory.mktemp("saved")
     fp6_compile.save(packed_tower(), folder, shard_bytes=200_000)
-    assert len(list(folder.glob("*.safetensors"))) == 3
+    assert len(list(folder.glob("model-*-of-00003-*.safetensors"))) == 3
+    assert len(list(folder.glob("*.safetensors"))) == 4
     return folder
 
 

@@ -43,7 +43,7 @@ def test_library_reads_what_is_written(saved):
         tensors |= safetensors.load_file(file)
     original = packed_tower()
     planes = original.first.weight.repack("planes.v1")
-    stored = (tensors["first.weight.w4"], tensors["first.weight.w2"], tensors["first.weight.scale"])
+    stored = (tensors["first.weight_w4"], tensors["first.weight_w2"], tensors["first.weight_scale"].T)
     torch.testing.assert_close(stored, (*planes.planes, planes.scale), rtol=0, atol=0)
     torch.testing.assert_close(tensors["embed.weight"], original.embed.weight.detach(), rtol=0, atol=0)
 
@@ -93,10 +93,10 @@ def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
 
 def test_saving_again_replaces_and_keeps_other_files(saved, folder):
     (folder / "config.json").write_text("{}")
-    (folder / "fp6-00001-of-00009-0.safetensors").write_text("of a save that was killed")
+    (folder / "model-00001-of-00009-0.safetensors").write_text("of a save that was killed")
     other = packed_tower(seed=1)
     fp6_compile.save(other, folder)
-    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", ".safetensors"]
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json", ".safetensors", ".safetensors"]
     model = empty_tower()
     fp6_compile.load(model, folder)
     assert torch.equal(model(TOKENS), other(TOKENS))

@@ -11,7 +11,7 @@ import torch
 
 import fp6_compile
 from fp6_compile import cli
-from tests.support.checkpoints import mx_bytes
+from tests.support.checkpoints import INDEX, mx_bytes
 from tests.support.graphs import explaining_here
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -46,6 +46,7 @@ def packed(source, tmp_path_factory):
 
 def _load(folder):
     config = transformers.AutoConfig.from_pretrained(folder)
+    del config.quantization_config
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     fp6_compile.load(model, folder)
@@ -53,9 +54,15 @@ def _load(folder):
 
 
 def test_quantize_keeps_the_other_files(source, packed):
-    names = {path.name for path in packed.iterdir() if not path.name.startswith("fp6-")}
-    assert names == {"config.json", "generation_config.json", "tokenizer.json", "fp6.json"}
-    assert (packed / "config.json").read_text() == (source / "config.json").read_text()
+    names = {path.name for path in packed.iterdir() if path.suffix != ".safetensors"}
+    assert names == {"config.json", "generation_config.json", "tokenizer.json", INDEX}
+    config = json.loads((packed / "config.json").read_text())
+    assert config.pop("quantization_config") == {
+        **{"quant_method": "fp6", "version": 2, "format": "e2m3", "group_size": 64},
+        "modules_to_not_convert": ["model.layers.0.self_attn.o_proj", "lm_head"],
+        "module_formats": {},
+    }
+    assert config == json.loads((source / "config.json").read_text())
 
 
 def test_same_as_quantizing_in_memory(source, packed):
@@ -111,10 +118,10 @@ def test_verify_finds_another_source(source, packed, tmp_path, capsys):
 
 
 def test_damaged_folder(packed, tmp_path, capsys):
-    (tmp_path / "fp6.json").write_text((packed / "fp6.json").read_text())
+    shutil.copy(packed / INDEX, tmp_path)
     for command in ("inspect", "verify"):
         assert cli.main([command, str(tmp_path)]) == 1
-        assert capsys.readouterr().err.startswith("fp6: fp6-00001-of-00001-")
+        assert capsys.readouterr().err.startswith("fp6: model-00001-of-00001-")
 
 
 def test_mxfp6_folder_is_imported(source, tmp_path, capsys):
@@ -175,7 +182,7 @@ def test_entry_point():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (
         1,
-        "fp6: nowhere is not a checkpoint: cannot read fp6.json: No such file or directory\n",
+        "fp6: nowhere is not a checkpoint: it has no model.safetensors and no model.safetensors.index.json\n",
     )
 
 
@@ -310,7 +317,9 @@ def test_fp8_folder(source, tmp_path, capsys):
         assert cli.main(["quantize", str(folder), str(out)]) == code
         assert ("quant_method 'nonsense'" in capsys.readouterr().err) == (code == 2)
         assert out.exists() == (code == 0)
-    assert json.loads((out / "config.json").read_text()) == config
+    written = json.loads((out / "config.json").read_text())
+    assert written.pop("quantization_config")["quant_method"] == "fp6"
+    assert written == config
     model = _load(out)
     for name, value in true.items():
         expected = fp6_compile.PackedTensor.quantize(value, dtype=torch.bfloat16)
@@ -322,7 +331,7 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(source, tmp_path,
     out = tmp_path / "out"
 
     def interrupt(model, folder):
-        assert (folder / "config.json").exists()
+        assert (folder / "tokenizer.json").exists()
         raise KeyboardInterrupt
 
     for is_there in (False, True):
@@ -336,11 +345,11 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(source, tmp_path,
     assert list(out.iterdir()) == []
     # What a kill leaves: the mark, and some files.
     (out / ".fp6-compile-unfinished").touch()
-    (out / "fp6-00001-of-00001.safetensors.partial").write_text("cut off")
+    (out / "model-00001-of-00001.safetensors.partial").write_text("cut off")
     (out / "of_another_source.json").write_text("{}")
     assert cli.main(["quantize", str(source), str(out)]) == 0
-    names = {path.name for path in out.iterdir() if not path.name.startswith("fp6-")}
-    assert names == {"config.json", "generation_config.json", "tokenizer.json", "fp6.json"}
+    names = {path.name for path in out.iterdir() if path.suffix != ".safetensors"}
+    assert names == {"config.json", "generation_config.json", "tokenizer.json", INDEX}
     assert cli.main(["verify", str(out), "--against", str(source)]) == 0
 
 

@@ -14,7 +14,7 @@ import fp6_compile
 from fp6_compile import CheckpointError, init_empty_weights, quantize_
 from fp6_compile.storage.files import JSON_LIMIT, member, parse_json, read_json, short
 from fp6_compile.storage.safetensors import Entry
-from tests.support.checkpoints import sign
+from tests.support.checkpoints import INDEX, sign
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
 
@@ -163,14 +163,14 @@ def _header(folder, change) -> None:
     text = change(data[8 : 8 + length])
     text += b" " * (-len(text) % 8)
     file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    if (folder / "fp6.json").exists():
+    if (folder / INDEX).exists():
         sign(folder)
 
 
 def _length(folder, value) -> None:
     file = next(folder.glob("*.safetensors"))
     file.write_bytes(value.to_bytes(8, "little") + file.read_bytes()[8:])
-    if (folder / "fp6.json").exists():
+    if (folder / INDEX).exists():
         sign(folder)
 
 
@@ -235,11 +235,16 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "model.safetensors.index.json", "config.json", "fp6.json", "fp6-*"]
+    "name",
+    [
+        *("model.safetensors", INDEX, "config.json"),
+        *(f"packed {name}" for name in ("model.safetensors", INDEX, "model-*")),
+    ],
 )
 def test_files_that_are_none(name, kind, tmp_path):
     """Of a source and of a packed folder, whatever the file."""
-    folder, packed, (make, message) = tmp_path / "folder", name.startswith("fp6"), KINDS[kind]
+    folder, packed, (make, message) = tmp_path / "folder", name.startswith("packed "), KINDS[kind]
+    name = name.removeprefix("packed ")
     (_write_packed if packed else _write)(folder)
     path = next(folder.glob(name), folder / name)
     moved = tmp_path / "moved"

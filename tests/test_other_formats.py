@@ -9,7 +9,7 @@ import fp6_compile
 from benchmarks.sass import budget as sass
 from benchmarks.sass.cases import WIDE, Case
 from fp6_compile import ops
-from fp6_compile.checkpoint.save_load import load, save
+from fp6_compile.checkpoint import load, save
 from fp6_compile.cli import main
 from fp6_compile.config import Options
 from fp6_compile.formats import FORMATS

@@ -86,8 +86,9 @@ while killed < kills:
     new, now = new + (found != now), found
 save(1)
 assert content() == known[1]
-shards = json.loads((base / "folder" / "fp6.json").read_bytes())["shards"]
-assert {path.name for path in (base / "folder").iterdir()} == {"fp6.json", *shards}, "leftovers"
+INDEX = "model.safetensors.index.json"
+shards = json.loads((base / "folder" / INDEX).read_bytes())["weight_map"].values()
+assert {path.name for path in (base / "folder").iterdir()} == {INDEX, *shards}, "leftovers"
 print(f"save: {killed} kills, {new} times the new model was there")
 """
 
@@ -156,7 +157,7 @@ def quantize():
     try:
         return cli.main(["quantize", str(base / "source"), str(target)])
     except KeyboardInterrupt:  # when main had returned
-        assert sorted(target.glob("fp6*")) and not (target / ".fp6-compile-unfinished").exists()
+        assert sorted(target.glob("model*")) and not (target / ".fp6-compile-unfinished").exists()
         return 0
 
 
@@ -170,7 +171,8 @@ def content():
 
 taken = seconds(quantize)
 whole = content()
-assert "fp6.json" in whole
+INDEX = "model.safetensors.index.json"
+assert INDEX in whole
 counts = {}
 for sign, wanted in (("SIGKILL", kills), ("SIGINT", kills // 3)):
     interrupted, midway = 0, 0
@@ -184,7 +186,7 @@ for sign, wanted in (("SIGKILL", kills), ("SIGINT", kills // 3)):
         if stopped and sign == "SIGINT":
             assert (base / "stderr").read_text() == "fp6: interrupted\\n", (base / "stderr").read_text()
             assert not target.exists()
-        if target.exists() and (target / "fp6.json").exists():
+        if target.exists() and (target / INDEX).exists():
             assert whole.items() <= content().items()
             shutil.rmtree(target)
         midway += target.exists()

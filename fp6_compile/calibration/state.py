@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.report import LinearReport, log
 from fp6_compile.storage.files import member, read_json, reason
-from fp6_compile.storage.safetensors import replace, sync_folder
+from fp6_compile.storage.writing import replace, sync_folder
 
 _INDEX = "calibration.json"
 

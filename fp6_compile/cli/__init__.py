@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import fp6_compile
-from fp6_compile.checkpoint.manifest import CheckpointError
+from fp6_compile.checkpoint.packed_weight import CheckpointError
 from fp6_compile.cli.commands import explain, inspect, quantize
 from fp6_compile.cli.verify import verify
 from fp6_compile.formats import DEFAULT, FORMATS

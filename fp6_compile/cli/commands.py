@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,23 +11,24 @@ from pathlib import Path
 import torch
 
 import fp6_compile
-from fp6_compile.checkpoint.manifest import INDEX, Manifest, PackedWeight
+from fp6_compile.checkpoint.manifest import Manifest, is_packed
 from fp6_compile.checkpoint.mx import is_mx, load_quark_mxfp6
-from fp6_compile.checkpoint.save_load import save
+from fp6_compile.checkpoint.packed_weight import PackedWeight
+from fp6_compile.checkpoint.save_model import save
 from fp6_compile.cli.folder import empty_model
 from fp6_compile.cli.table import table
 from fp6_compile.cli.token import one_token
 from fp6_compile.config import QuantConfig
 from fp6_compile.packed.quantize_model import quantize_
 from fp6_compile.report import size_text
-from fp6_compile.storage.files import member, read_json
-from fp6_compile.storage.scaled import QUANTIZATION, quantization
+from fp6_compile.storage.files import member
 
 # In a folder that is being made.
 _UNFINISHED = ".fp6-compile-unfinished"
 
-# What is not copied beside the packed weights: the weights.
-_WEIGHTS = (
+# What is not copied beside the packed weights: the weights, and the configuration, which `save` writes.
+_NOT_COPIED = (
+    "config.json",
     "*.safetensors",
     "*.safetensors.index.json",
     "*.bin",
@@ -62,30 +62,22 @@ def quantize(arguments: argparse.Namespace) -> int:
         raise ValueError("no linear was packed, so nothing is saved (a float32 model: try --dtype bfloat16)")
     with _being_made(target):
         for file in others:
-            _copy(file, target / file.name)
+            shutil.copy2(file, target / file.name)
         save(model, target)
     print(f"saved in {target}")
     return 0
 
 
 def _others(source: Path) -> list[Path]:
-    """What is copied: SRC's files but the weights. ValueError for a link that leads out of SRC."""
+    """What is copied: SRC's other files. ValueError for a link that leads out of SRC."""
     found = []
     for file in sorted(source.iterdir()):
-        if file.is_file() and not any(file.match(glob) for glob in _WEIGHTS):
+        if file.is_file() and not any(file.match(glob) for glob in _NOT_COPIED):
             try:
                 found.append(member(source, file.name))
             except ValueError as error:
                 raise ValueError(f"cannot copy {file}: {error}") from error
     return found
-
-
-def _copy(file: Path, target: Path) -> None:
-    """Copy a file; of config.json all but what it says of SRC's quantization, which DST has not."""
-    shutil.copy2(file, target)
-    if file.name == "config.json" and quantization(file.parent) is not None:
-        kept = {key: value for key, value in read_json(file).items() if key not in QUANTIZATION}
-        target.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -116,7 +108,7 @@ def _remove_files(folder: Path, but: Path) -> None:
 def explain(arguments: argparse.Namespace) -> int:
     """Explain one decoded token: linears, graph breaks, CUDA graphs, kernels, predicted time. Reads no 16-bit weights."""
     model = empty_model(arguments.folder, "auto", arguments.trust_remote_code)
-    if (arguments.folder / INDEX).is_file():
+    if is_packed(arguments.folder):
         fp6_compile.load(model, arguments.folder)
     with torch.no_grad():
         call = one_token(model, arguments.context)
@@ -151,4 +143,4 @@ def inspect(arguments: argparse.Namespace) -> int:
 
 
 def _bytes(manifest: Manifest, name: str, weight: PackedWeight) -> int:
-    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in weight.tensors().values())
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in weight.tensors(name).values())

@@ -10,6 +10,7 @@ from torch import nn
 
 from fp6_compile.packed.slots import init_empty_weights
 from fp6_compile.storage.files import member, read_json, reason, short
+from fp6_compile.storage.scaled import QUANTIZATION
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:
@@ -42,8 +43,9 @@ def empty_model(folder: Path, dtype: str, trust_remote_code: bool) -> nn.Module:
     """The folder's model in `dtype` ("auto": its own), parameters on the meta device. Raises ValueError as `read_config`."""
     config = read_config(folder, trust_remote_code)
     make = _maker(config, folder, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
+    for key in QUANTIZATION:  # of what the folder's own weights are quantized with
+        if hasattr(config, key):
+            delattr(config, key)
     chosen = getattr(config, "dtype", None) if dtype == "auto" else getattr(torch, dtype)
     before = torch.get_default_dtype()
     with init_empty_weights():

@@ -10,10 +10,8 @@ from torch import Tensor
 from fp6_compile.checkpoint.manifest import Manifest
 from fp6_compile.cli.table import table
 from fp6_compile.formats import get_format
-from fp6_compile.layouts.packing import PLANES, unpack
 from fp6_compile.quantize import dequantize, sqnr
 from fp6_compile.report import progress
-from fp6_compile.storage.safetensors import read
 from fp6_compile.storage.scaled import stored
 
 
@@ -49,10 +47,9 @@ def _compare(manifest: Manifest, name: str, original: Tensor) -> tuple[str, floa
     weight = manifest.weights[name]
     if tuple(original.shape) != tuple(weight.shape) or not original.is_floating_point():
         return f"SRC has {original.dtype} {list(original.shape)}", None
-    *planes, scale = (t for _, t in read(manifest.entries[f"{name}.{suffix}"] for suffix in weight.tensors()))
-    fmt, original = get_format(weight.spec.format), original.float()
-    codes = unpack(planes, fmt, PLANES, *weight.shape)
-    group_size = weight.spec.group_size
+    packed = weight.read(name, manifest.entries)
+    fmt, group_size, original = get_format(weight.spec.format), weight.spec.group_size, original.float()
+    codes, scale = packed.codes(), packed.scale
     per_weight = scale.T.repeat_interleave(group_size or weight.shape[1], 1)[:, : weight.shape[1]]
     nearest = torch.equal(fmt.encode(original / per_weight), codes)
     noise = sqnr(original, dequantize(codes, scale, fmt, group_size, torch.float32))

@@ -1,9 +1,8 @@
-"""safetensors folders, one tensor at a time: nothing here ever holds more than the tensor it reads or writes.
+"""safetensors folders, one tensor at a time: nothing here ever holds more than the tensor it reads.
 
 The format is eight bytes of header length, a JSON header and the tensors' bytes. Headers are checked by the safetensors
 library. Tensors are read here, from a file that stays open: what is read is what was checked, whoever replaces the file
-meanwhile, and one that is cut off under us is an error and not a signal, as it would be in mapped memory. They are written
-here, too, because the library's writer wants all tensors of a file in memory, together with a SHA-256 and an fsync.
+meanwhile, and one that is cut off under us is an error and not a signal, as it would be in mapped memory.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +27,7 @@ DTYPES = {
     **{"U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _CHUNK = 1 << 24
@@ -51,9 +49,20 @@ class Entry:
         self.file.read_into(tensor, self.offset)
         return tensor.to(device)
 
+    def sha256(self) -> str:
+        """What `sha256` says of the tensor. ValueError as of `read`."""
+        digest = _started(DTYPES.get(self.dtype), self.shape)
+        left, offset = torch.Size(self.shape).numel() * DTYPES[self.dtype].itemsize, self.offset
+        while left:
+            chunk = torch.empty(min(left, _CHUNK), dtype=torch.uint8)
+            self.file.read_into(chunk, offset)
+            digest.update(memory(chunk))
+            left, offset = left - chunk.nbytes, offset + chunk.nbytes
+        return digest.hexdigest()
+
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether a parameter of `dtype` can have its values: they are of the same kind, or floats of 16 bits and more."""
-        return DTYPES.get(self.dtype) == dtype or (self.dtype in _FLOATS and _NAMES.get(dtype) in _FLOATS)
+        return DTYPES.get(self.dtype) == dtype or (self.dtype in _FLOATS and NAMES.get(dtype) in _FLOATS)
 
 
 def safetensors() -> Any:
@@ -110,10 +119,10 @@ class File:
 
     def read_into(self, tensor: Tensor, offset: int) -> None:
         """Fill a contiguous tensor with the bytes from `offset` on. ValueError if the file has changed or ends before."""
-        memory = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else b""
+        into = memory(tensor)
         self._file.seek(offset)
         done = 0
-        while done < tensor.nbytes and (count := self._file.readinto(memory[done:])):
+        while done < tensor.nbytes and (count := self._file.readinto(into[done:])):
             done += count
         if done < tensor.nbytes or _stamp(self._file.fileno()) != self._stamp:
             raise ValueError(f"{self.path.name} has changed while it was read")
@@ -172,64 +181,18 @@ def read(wanted: Iterable[Entry], device: torch.device | str = "cpu") -> Iterato
         yield entry, entry.read(device)
 
 
-def write(
-    path: Path, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensors: Iterable[Tensor], metadata: Any
-) -> str:
-    """Write the tensors named by `layout`, in its order, to a new file and to the disk; returns its SHA-256.
-
-    `tensors` is consumed one by one. Raises ValueError for a dtype that safetensors has not.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    for name, (dtype, shape) in layout.items():
-        if dtype not in _NAMES:
-            raise ValueError(f"{name}: {dtype} has no place in a safetensors file")
-        size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    path.unlink(missing_ok=True)
-    with path.open("xb") as file:
-        for data in (len(text).to_bytes(8, "little"), text):
-            file.write(data)
-            digest.update(data)
-        for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
-            assert (tensor.dtype, tuple(tensor.shape)) == (dtype, tuple(shape)), name
-            tensor = tensor.detach().cpu().contiguous()
-            if tensor.nbytes:
-                memory = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())
-                file.write(memory)
-                digest.update(memory)
-        file.flush()
-        os.fsync(file.fileno())
+def sha256(tensor: Tensor) -> str:
+    """The SHA-256 of a tensor's dtype, shape and bytes, in order."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest = _started(tensor.dtype, tuple(tensor.shape))
+    digest.update(memory(tensor))
     return digest.hexdigest()
 
 
-def sha256(file: Path) -> str:
-    """The SHA-256 of a file."""
-    return File(file).sha256()
+def _started(dtype: torch.dtype | None, shape: tuple[int, ...]) -> Any:
+    return hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
 
 
-def replace(path: Path, text: str) -> None:
-    """Put `text` at `path`, atomically and on the disk: whoever looks sees the old file or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
-    with partial.open("x") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the names in `folder` on the disk, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def memory(tensor: Tensor) -> Any:
+    """The bytes of a contiguous tensor on a CPU."""
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else b""

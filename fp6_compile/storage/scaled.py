@@ -127,7 +127,8 @@ def _blocks(config: Mapping[str, Any] | None) -> list[Block]:
             return _compressed(config)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"fp6: source: not a quantization_config of compressed-tensors: {error!r}") from error
-    hint = ": fp6_compile.load_quark_mxfp6 reads it" if method == "quark" else "; save the model in 16 bits first"
+    readers = {"quark": ": fp6_compile.load_quark_mxfp6 reads it", "fp6": ": fp6_compile.load reads it"}
+    hint = readers.get(str(method), "; save the model in 16 bits first")
     raise ValueError(
         f"fp6: source is quantized by quant_method {short(method)!r}; "
         f"read are 'fp8', 'fbgemm_fp8' and 'compressed-tensors'{hint}"
