@@ -8,7 +8,6 @@ import os
 import shutil
 
 import pytest
-import torch
 
 if pytest.importorskip("importlib.util").find_spec("vllm") is None:
     pytest.skip("needs vLLM: make test-vllm", allow_module_level=True)
@@ -18,7 +17,7 @@ from benchmarks.serving.models import VOCABULARY, make, pack
 
 os.environ.update(worker.ENVIRONMENT)
 
-from safetensors.torch import load_file, save_file  # noqa: E402
+from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.filterwarnings("default")
 

@@ -90,7 +90,9 @@ def test_planes_may_be_cut_where_it_says_so(fmt, part):
 def test_groups_are_cut_whole():
     check_cut("down_proj", [Scheme("e2m3", 64)], 512, 256)
     check_cut("down_proj", [Scheme("e2m3", 100)], 250, 250)  # not cut at all
-    with pytest.raises(ValueError, match="the 512 inputs of down_proj into 128, which are not whole groups of 256: take an"):
+    with pytest.raises(
+        ValueError, match="the 512 inputs of down_proj into 128, which are not whole groups of 256: take an"
+    ):
         check_cut("down_proj", [Scheme("e2m3", 256)], 512, 128)
     assert (groups(512, 64), groups(250, 100), groups(250, None)) == (8, 3, 1)
 
@@ -104,7 +106,9 @@ def test_formats_share_planes():
 
 
 def test_weights_that_cannot_share_planes_are_refused():
-    with pytest.raises(ValueError, match=r"the weights of x have group sizes \['64', 'None'\].* quantize them with one"):
+    with pytest.raises(
+        ValueError, match=r"the weights of x have group sizes \['64', 'None'\].* quantize them with one"
+    ):
         plane_columns("x", [E2M3, Scheme("e2m3", 64)], 64)
     with pytest.raises(ValueError, match=r"formats \['e2m2', 'e2m3'\], which pad 68 inputs in different ways"):
         plane_columns("x", [E2M3, E2M2], 68)
@@ -114,4 +118,7 @@ def test_weights_that_cannot_share_planes_are_refused():
 def test_without_vllm_the_plugin_says_why_it_is_not_registered(caplog):
     with caplog.at_level(logging.ERROR):
         plugin.register()
-    assert "fp6: the quantization method is not registered: fp6_compile is tested with vLLM 0.32, here is none" in caplog.text
+    assert (
+        "fp6: the quantization method is not registered: fp6_compile is tested with vLLM 0.32, here is none"
+        in caplog.text
+    )

@@ -47,7 +47,7 @@ def compare(kind: str, folder: Path) -> list[dict[str, Any]]:
     """The rows of a model."""
     folders = {name: folder / name for name in ("16 bits", "packed", "dequantized")}
     make(kind, folders["16 bits"])
-    pack(*folders.values())
+    pack(folders["16 bits"], folders["packed"], folders["dequantized"])
     references = {how["dtype"]: run(folders["dequantized"], how | EAGER)["tokens"] for how in (FP32, BF16)}
     rows = []
     for name, settings in CASES:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from fp6_compile import PackedTensor
-from fp6_compile.formats import get_format
-from fp6_compile.layouts.packing import PLANES, plane_names
+from fp6_compile import PackedTensor, QuantConfig, quantize_, save
+from fp6_compile.checkpoint.manifest import INDEX
 
 VOCABULARY = 512
 _SHAPE = {
@@ -69,42 +70,45 @@ def pack(
     source: Path,
     packed: Path,
     dequantized: Path | None = None,
-    format: str = "e2m3",
-    group_size: int | None = None,
-    head: bool = False,
-    module_formats: Mapping[str, Mapping[str, Any]] | None = None,
+    skip: Sequence[str] = ("lm_head",),
+    module_formats: Mapping[str, str] | None = None,
+    **how: Any,
 ) -> None:
-    """Write `packed`, and `dequantized` with the weights that it stands for, from the 16-bit folder `source`."""
-    for folder in (packed, dequantized):
-        if folder is not None:
-            shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors*"))
-    kept, tensors, plain = [], {}, {}
-    for file in source.glob("*.safetensors"):
-        for name, weight in load_file(file).items():
-            module = name.removesuffix(".weight")
-            if not (module.endswith("_proj") or (head and module == "lm_head")):
-                tensors[name] = plain[name] = weight
-                kept += [module] if weight.dim() == 2 and "embed" not in name else []
-                continue
-            how = {"format": format, "group_size": group_size, **(module_formats or {}).get(module, {})}
-            weight = PackedTensor.quantize(weight, **how)
-            *planes, scale = weight.repack(PLANES).tensors
-            for plane, tensor in zip(plane_names(get_format(how["format"])), planes, strict=True):
-                tensors[f"{name}_{plane}"] = tensor
-            tensors[f"{name}_scale"] = scale.T.contiguous()
-            plain[name] = weight.dequantize(
-                torch.float32
-            )  # not rounded to BF16, so that float32 engines can be compared
-    save_file(tensors, packed / "model.safetensors", {"format": "pt"})
-    if dequantized is not None:
-        save_file(plain, dequantized / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp6",
-        "version": 2,
-        "format": format,
-        "group_size": group_size,
-        "modules_to_not_convert": kept,
-        "module_formats": module_formats or {},
-    }
-    (packed / "config.json").write_text(json.dumps(config))
+    """Write `packed`, and `dequantized` with the weights that it stands for, from the 16-bit folder `source`.
+
+    `how`: of quantize_. `module_formats`: the format of linears whose names match a glob, first of all.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source)
+    for glob, format in (module_formats or {}).items():
+        matching = functools.partial(_matches, glob)
+        quantize_(model, QuantConfig(**{**how, "format": format}, skip=skip, filter_fn=matching))
+    quantize_(model, QuantConfig(**how, skip=skip))
+    save(model, packed)
+    if any(name.endswith("experts.gate_up_proj") for name in model.state_dict()):
+        _rename_experts(model, packed)
+    tokenizer().save_pretrained(packed)
+    if dequantized is None:
+        return
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, PackedTensor):  # in float32, so that float32 engines can be compared
+            module.weight = torch.nn.Parameter(weight.dequantize(torch.float32))
+    model.save_pretrained(dequantized)
+    tokenizer().save_pretrained(dequantized)
+
+
+def _matches(glob: str, module: torch.nn.Module, name: str) -> bool:
+    return fnmatchcase(name, glob)
+
+
+def _rename_experts(model: Any, folder: Path) -> None:
+    """`save` writes names of transformers' modules; vLLM wants those of published checkpoints, an expert at a time."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    file = folder / next(iter(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    with safe_open(file, "pt") as opened:
+        said, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors = revert_weight_conversion(model, tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, said)
+    about = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}
+    (folder / INDEX).write_text(json.dumps(about))

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from fp6_compile.checkpoint.metadata import VERSION
 from fp6_compile.config import QuantConfig
 from fp6_compile.formats import get_format
 from fp6_compile.layouts.packing import canonical_shapes
 
-VERSION = 2
 _OPTIONS = ("format", "group_size", "scale_method", "min_features")
 _KNOWN = ("quant_method", "modules_to_not_convert", "module_formats", "lm_head", *_OPTIONS)
 
