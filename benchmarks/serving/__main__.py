@@ -1,8 +1,8 @@
 """vLLM's tokens of packed models beside those of the dequantized ones, into benchmarks/results/vllm_cpu.json.
 
 Each line is an engine of its own, 32 requests at once, in float32, where the two differ by the order of sums alone: in
-BF16 a tie of two tokens may go either way, so its lines say how many requests agree to the last token. About ten minutes
-on two cores. Needs vLLM (docs/guide/vllm.md).
+BF16 a near tie of two tokens may go either way, so its lines say how many requests agree to the last token; how often it
+does so without six bits is the line of the dequantized model, compiled. About 15 minutes on two cores. Needs vLLM (docs/guide/vllm.md).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("16 bits", FP32 | EAGER | ONLINE),
     ("packed", BF16 | EAGER),
     ("packed", BF16),
+    ("dequantized", BF16),
 )
 
 
