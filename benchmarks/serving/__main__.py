@@ -2,7 +2,8 @@
 
 Each line is an engine of its own, 32 requests at once, in float32, where the two differ by the order of sums alone: in
 BF16 a near tie of two tokens may go either way, so its lines say how many requests agree to the last token; how often it
-does so without six bits is the line of the dequantized model, compiled. About 15 minutes on two cores. Needs vLLM (docs/guide/vllm.md).
+does so without six bits is the line of the dequantized model, compiled. About 15 minutes on two cores. Needs vLLM
+(docs/guide/vllm.md).
 """
 
 from __future__ import annotations
