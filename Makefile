@@ -53,7 +53,7 @@ test-newest: $(READY)
 test-vllm: $(VLLM)/.ready
 	$(VLLM)/bin/python -m pytest -m "slow or not slow" tests/test_vllm_settings.py tests/test_vllm_inductor.py tests/test_vllm_serving.py
 
-$(VLLM)/.ready: Makefile pyproject.toml constraints-dev.txt
+$(VLLM)/.ready: pyproject.toml constraints-dev.txt
 	$(PYTHON) -m venv --clear $(VLLM)
 	grep -E '^(torch|triton)==' constraints-dev.txt > $(VLLM)/constraints.txt
 	$(VLLM)/bin/pip install --quiet --constraint $(VLLM)/constraints.txt torch triton setuptools packaging
@@ -64,18 +64,14 @@ $(VLLM)/.ready: Makefile pyproject.toml constraints-dev.txt
 	$(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Inputs that once failed, where they lie beside this folder: a line each. 02 is of another issue, and needs accelerate.
+# Inputs that once failed, where they lie beside this folder: a line each.
 CASES := $(sort $(wildcard ../shared/cases/*.py))
-OTHER_ISSUES := 02_offload_hook
 
 cases: $(READY)
 	@failed=; for case in $(CASES); do \
 	    name=$$(basename $$case .py); log=$$(mktemp); \
 	    if PYTHONPATH=. timeout 300 $(BIN)/python $$case > $$log 2>&1; then echo "passed $$name"; \
-	    else case " $(OTHER_ISSUES) " in \
-	        *" $$name "*) echo "failed $$name (of another issue)";; \
-	        *) echo "FAILED $$name"; tail -n 5 $$log; failed="$$failed $$name";; \
-	    esac; fi; \
+	    else echo "FAILED $$name"; tail -n 5 $$log; failed="$$failed $$name"; fi; \
 	    rm -f $$log; \
 	done; \
 	[ -z "$$failed" ] || { echo "failed:$$failed"; exit 1; }

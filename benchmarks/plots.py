@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.linear.results import Row
 
 LIMIT = 16 / 6  # bytes of sixteen bits over bytes of six
-STYLES = {"fp6": "-", "torchao-int4": ":", "gemlite-int4": "-.", "humming-int6": "--"}
+STYLES = {"fp6": "-", "torchao-int4": ":", "gemlite-int4": "-.", "humming": "--"}
 
 
 def speedup(stored: dict[str, Any], path: Path) -> None:

@@ -4,7 +4,8 @@ Times every candidate for a weight [N, K], a dtype, a group size and the largest
 rotating weights (timing.py), each result compared with float32 first. The table, rewritten after every problem:
 
     {"device", "capability", "driver_version", "torch", "triton", "commit", "date", ...,
-     "rows": [{"dtype": "fp16", "group_size": null, "n": 4096, "k": 4096, "m": 8,       m: the bucket's largest
+     "rows": [{"format": "e2m3", "dtype": "fp16", "group_size": null, "n": 4096, "k": 4096,
+               "m": 8,                               the bucket's largest
                "tile": {"BLOCK_N": 64, "BLOCK_M": 8, "num_warps": 2, "num_stages": 3, "SPLIT_K": 4, "JOIN": 1},
                                                      the fields of kernels.config.Config; null: ATen's matmul
                "us": 4.2, "heuristic_us": 4.4, "tried": 6, "failed": 0}]}
@@ -34,7 +35,7 @@ from benchmarks.linear.results import Row
 from benchmarks.linear.shapes import SHAPES, Shape, get_shape
 from benchmarks.sass.cases import DTYPES, NARROW, WIDE
 from benchmarks.system import environment
-from fp6_compile.formats import get_format
+from fp6_compile.formats import DEFAULT, FORMATS, Format, get_format
 from fp6_compile.kernels.selection.choices import choices
 from fp6_compile.kernels.selection.tuned import file_of
 from fp6_compile.kernels.triton.config import Config
@@ -45,12 +46,14 @@ BUCKETS = [8, 16, 32, 64, 128, 256]
 Tile = Config | None  # None: ATen's matmul on a dequantized copy
 
 
-def candidates(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, device: torch.device) -> list[Tile]:
+def candidates(
+    m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, device: torch.device, fmt: Format
+) -> list[Tile]:
     """Tiles worth timing: first the heuristic's, then its tiles for other sizes of weight and for M up to the next bucket.
 
     The latter with K whole: how finely K can be split depends on the problem.
     """
-    how = (k, group_size, dtype, get_format("e3m2"))
+    how = (k, group_size, dtype, fmt)
     others = [
         choices(device, bucket, size, *how) for bucket in (m, *BUCKETS) for size in (WIDE, NARROW) if bucket <= 2 * m
     ]
@@ -108,6 +111,7 @@ def tune(
     device: timing.Device,
     shapes: Iterable[Shape],
     dtypes: Sequence[str],
+    format: str,
     group_size: int | None,
     buckets: Sequence[int],
 ) -> Iterable[Row]:
@@ -116,10 +120,11 @@ def tune(
         for name in dtypes:
             dtype = DTYPES[name]
             weight = torch.randn(shape.n, shape.k, dtype=dtype, device=device.device) / shape.k**0.5
-            ring = Ring.of("fp6", weight, Spec(dtype, "e3m2", group_size), device.l2_bytes)
+            ring = Ring.of("fp6", weight, Spec(dtype, format, group_size), device.l2_bytes)
             for m in buckets:
-                tiles = candidates(m, shape.n, shape.k, group_size, dtype, device.device)
-                key = {"dtype": name, "group_size": group_size, "n": shape.n, "k": shape.k, "m": m}
+                tiles = candidates(m, shape.n, shape.k, group_size, dtype, device.device, get_format(format))
+                key = {"format": format, "dtype": name, "group_size": group_size}
+                key |= {"n": shape.n, "k": shape.k, "m": m}
                 yield key | fastest(tiles, timed(device, ring, m, shape.k, dtype))
 
 
@@ -130,15 +135,25 @@ def main() -> int:
     parser.add_argument("--shapes", nargs="+", type=get_shape, default=SHAPES)
     parser.add_argument("--m", nargs="+", type=int, default=BUCKETS, help="the largest M of each bucket")
     parser.add_argument("--dtype", nargs="+", default=["fp16", "bf16"], choices=["fp16", "bf16"])
+    parser.add_argument("--format", default=DEFAULT, choices=sorted(FORMATS))
     parser.add_argument("--group-size", type=int)
+    parser.add_argument("--dry-run", action="store_true", help="the CPU as a stand-in: times mean nothing")
     arguments = parser.parse_args()
+    if arguments.dry_run:
+        arguments.shapes, arguments.m = [get_shape("256x512")], arguments.m[:2]
+        return _tune(timing.Cpu(), arguments, {"kind": "stand-in", **environment.versions()}, arguments.out)
     if not torch.cuda.is_available():
         print("benchmarks.tune: no CUDA device; tiles are timed, not predicted")
         return 2
     out = arguments.out or file_of(torch.cuda.get_device_name())
+    return _tune(timing.Gpu(), arguments, {**environment.gpu(), **environment.versions()}, out)
+
+
+def _tune(device: timing.Device, arguments: argparse.Namespace, about: Row, out: Path) -> int:
     out.parent.mkdir(exist_ok=True)
-    about, rows = {**environment.gpu(), **environment.versions()}, list[Row]()
-    for row in tune(timing.Gpu(), arguments.shapes, arguments.dtype, arguments.group_size, arguments.m):
+    rows: list[Row] = []
+    what = arguments.shapes, arguments.dtype, arguments.format, arguments.group_size, arguments.m
+    for row in tune(device, *what):
         rows.append(row)
         print(row, flush=True)
         beside = out.with_suffix(".part")

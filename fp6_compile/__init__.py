@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fp6_compile.backend.weights import mark_weights_changed
     from fp6_compile.calibration.run import calibrate_
     from fp6_compile.calibration.sensitivity import sensitivities
+    from fp6_compile.checkpoint.distributed.state_dict import load_planes_state_dict, planes_state_dict
     from fp6_compile.checkpoint.load_model import load
     from fp6_compile.checkpoint.mx import load_quark_mxfp6
     from fp6_compile.checkpoint.packed_weight import CheckpointError
@@ -65,8 +66,10 @@ _PUBLIC = {
     "last_refresh": "report",
     "last_report": "report",
     "load": "checkpoint.load_model",
+    "load_planes_state_dict": "checkpoint.distributed.state_dict",
     "load_quark_mxfp6": "checkpoint.mx",
     "mark_weights_changed": "backend.weights",
+    "planes_state_dict": "checkpoint.distributed.state_dict",
     "quantize_": "packed.quantize_model",
     "reports": "report",
     "save": "checkpoint.save_model",
@@ -93,8 +96,10 @@ __all__ = [
     "last_refresh",
     "last_report",
     "load",
+    "load_planes_state_dict",
     "load_quark_mxfp6",
     "mark_weights_changed",
+    "planes_state_dict",
     "quantize_",
     "reports",
     "save",

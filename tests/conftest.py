@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import fp6_compile
+from fp6_compile.backend.compile import fp6
 from tests.support.checkpoints import packed_tower
 from tests.support.graphs import without_codegen
 from tests.support.soak import count
@@ -16,6 +17,10 @@ from tests.support.soak import count
 # Each core has a worker of its own, and matrices are small: more threads, here or in a child, would wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A checkout that is not installed, as on a borrowed GPU machine, has no entry point.
+if "fp6" not in torch._dynamo.list_backends(exclude_tags=None):
+    torch._dynamo.register_backend(fp6, name="fp6")
 
 # The same examples in every run: a failure is one that everybody sees.
 hypothesis.settings.register_profile(

@@ -142,7 +142,7 @@ def test_a_peer_that_is_missing_is_named_and_not_tried(name, capsys, tmp_path, m
 
 def sweep(results, device=None, until=float("inf"), names=("linear", "fp6")):
     run = bench.Bench(device or timing.Cpu(), results, names, until)
-    run.sweep(bench.Problem(get_shape("64x256"), "fp16", "e3m2", 64), [1, 2])
+    run.sweep([bench.Problem(get_shape("64x256"), "fp16", "e3m2", 64)], [1, 2])
     return run
 
 
@@ -280,7 +280,7 @@ def test_both_measures_on_the_device(tmp_path):
     rates = timing.ceilings(device)
     results = Results(tmp_path / "linear.json", {**ABOUT, **environment.gpu(), **rates})
     run = bench.Bench(device, results, ["linear", "fp6"], float("inf"))
-    run.sweep(bench.Problem(get_shape("8192x8192"), "fp16", "e3m2", None), [1])
+    run.sweep([bench.Problem(get_shape("8192x8192"), "fp16", "e3m2", None)], [1])
     assert run.failed == []
     assert len(results.rows) == 4
     for row in results.rows:

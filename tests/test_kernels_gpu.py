@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from fp6_compile.kernels.selection import launch, selftest
 from fp6_compile.kernels.selection.choices import choices
 from fp6_compile.kernels.triton import run
+from fp6_compile.kernels.triton.config import Config
 from fp6_compile.layouts.packing import gpu_layout, pack
 from tests.support.kernels import (
     BF16,
@@ -39,7 +40,18 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("fmt", [*SIX_BITS.values(), *OTHER_FORMATS], ids=show)
 def test_codes(fmt, dtype):
     """First of all: the subnormal FP16 weights that the tensor cores must not flush, and BF16's exact bias shift."""
+    check_codes(_eight_rows_at_a_time, "cuda", fmt, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=show)
+@pytest.mark.parametrize("fmt", SIX_BITS.values(), ids=SIX_BITS)
+def test_codes_of_a_wide_tile(fmt, dtype):
     check_codes(launch.mm, "cuda", fmt, dtype)
+
+
+def _eight_rows_at_a_time(x, *weight):
+    """By the tiles for decoding, whatever is taken for many rows."""
+    return torch.cat([launch.mm(rows, *weight) for rows in x.split(8)])
 
 
 @pytest.mark.parametrize(("m", "n", "k", "group", "fmt", "dtype"), ONE_HOT, ids=show)
@@ -84,7 +96,8 @@ def test_more_than_two_to_the_31_elements():
     x = torch.zeros(m, k, dtype=F16, device="cuda")
     x[-1] = 1
     codes = torch.randint(0, 64, (16, k), dtype=torch.uint8)
-    out = product(launch.mm, x, codes, torch.full((1, 16), 2.0**-8), E3M2, None)
+    tile = functools.partial(run.run, Config(32, 64, 2, 2))
+    out = product(tile, x, codes, torch.full((1, 16), 2.0**-8), E3M2, None)
     exact = E3M2.decode(codes).double().sum(1) * 2.0**-8
     assert_close(out[-1], exact.to(F16), rtol=0, atol=0)
     assert not out[:-1].any()
@@ -106,7 +119,7 @@ def test_split_is_deterministic_and_leaves_no_trace():
     first = launch.mm(*arguments)
     for _ in range(100):
         assert torch.equal(launch.mm(*arguments), first)
-    assert not run._locks(x.device).any()
+    assert not run._locks(x.device, 1).any()
 
 
 def test_split_inside_cuda_graphs_beside_each_other():

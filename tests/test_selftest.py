@@ -40,9 +40,9 @@ def kernel(monkeypatch, tmp_path):
     monkeypatch.setattr(selftest, "run", kernel)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a fake Hopper")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    selftest.passes.cache_clear()
+    selftest._answers.clear()
     yield kernel
-    selftest.passes.cache_clear()
+    selftest._answers.clear()
 
 
 @pytest.mark.parametrize("group_size", [None, 64])
@@ -51,7 +51,7 @@ def test_it_passes_once_and_is_remembered(kernel, group_size):
     runs = kernel.runs
     assert runs == selftest._REPETITIONS
     assert selftest.passes(CPU, F16, E3M2, group_size)
-    selftest.passes.cache_clear()  # another process
+    selftest._answers.clear()  # another process
     assert selftest.passes(CPU, F16, E3M2, group_size)
     assert kernel.runs == runs
     assert selftest.passes(CPU, torch.bfloat16, E3M2, group_size)  # another kernel
@@ -63,14 +63,14 @@ def test_one_wrong_sum_in_many_runs_is_found_and_remembered(kernel, caplog):
     assert not selftest.passes(CPU, F16, E3M2, None)
     assert "wgmma gave wrong sums on a fake Hopper" in caplog.text
     kernel.off_by = 0.0
-    selftest.passes.cache_clear()
+    selftest._answers.clear()
     assert not selftest.passes(CPU, F16, E3M2, None)
 
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_it_decides(monkeypatch, passed):
     asked = []
-    monkeypatch.setattr(selftest, "passes", lambda *problem: asked.append(problem) or passed)
+    monkeypatch.setattr(selftest, "passes", lambda *problem, may_launch: asked.append(problem) or passed)
     monkeypatch.setattr(device, "describe", lambda _: device.Device("sm_90", 132))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     (tile, *_) = device.choices(CUDA, 128, 8192, 8192, None, F16, E3M2)
@@ -81,13 +81,35 @@ def test_it_decides(monkeypatch, passed):
     assert len(asked) == 1
 
 
-def test_nothing_is_launched_while_a_graph_is_recorded(monkeypatch):
-    monkeypatch.setattr(selftest, "passes", lambda *problem: pytest.fail("launched"))
+def test_nothing_is_launched_while_a_graph_is_recorded(kernel, monkeypatch):
+    """The answer is no, until an earlier call has asked: a warm-up, or another process."""
     monkeypatch.setattr(device, "describe", lambda _: device.Device("sm_90", 132))
+    problem = CUDA, 128, 8192, 8192, None, F16, E3M2
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    (tile, *_) = device.choices(CUDA, 128, 8192, 8192, None, F16, E3M2)
+    (tile, *_) = device.choices(*problem)
     assert tile.JOIN == 1
     assert dataclasses.replace(tile, SPLIT_K=1).num_warps == 2
+    assert kernel.runs == 0
+    assert selftest.passes(CPU, F16, E3M2, None)  # eager, on the device that the fake kernel can run on
+    monkeypatch.setattr(selftest, "_answers", {(CUDA, *known[1:]): yes for known, yes in selftest._answers.items()})
+    (tile, *_) = device.choices(*problem)
+    assert tile.JOIN > 1
+    selftest._answers.clear()
+    (tile, *_) = device.choices(*problem)
+    assert tile.JOIN > 1, "another process"
+
+
+def test_a_test_that_cannot_run_says_no_once(kernel, monkeypatch, caplog):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(selftest, "run", fail)
+        assert not selftest.passes(CPU, F16, E3M2, None)
+        assert not selftest.passes(CPU, F16, E3M2, None)
+    assert caplog.text.count("could not run on a fake Hopper, so wgmma is not used") == 1
+    selftest._answers.clear()  # another process asks again
+    assert selftest.passes(CPU, F16, E3M2, None)
 
 
 def _graph(key):
@@ -103,7 +125,7 @@ def test_the_verdict_is_part_of_the_cache_key(monkeypatch):
     key = planes.PlanesKey(spec, "absmax", CUDA)
     keys = []
     for verdict in (True, False):
-        monkeypatch.setattr(selftest, "passes", lambda *problem, verdict=verdict: verdict)
+        monkeypatch.setattr(selftest, "passes", lambda *problem, verdict=verdict, **_: verdict)
         keys.append(str(backend._verdicts(_graph(key))))
     assert keys[0] != keys[1]
     assert backend._verdicts(_graph(key._replace(device=CPU, spec=spec._replace(layout="cpu.v1")))) == []
@@ -111,7 +133,7 @@ def test_the_verdict_is_part_of_the_cache_key(monkeypatch):
 
 def test_another_assembler_is_another_test(kernel, monkeypatch, tmp_path):
     assert selftest.passes(CPU, F16, E3M2, None)
-    selftest.passes.cache_clear()
+    selftest._answers.clear()
     runs = kernel.runs
     (tmp_path / "ptxas").symlink_to(selftest.triton.knobs.nvidia.ptxas.path)
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(tmp_path / "ptxas"))

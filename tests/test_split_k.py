@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_split(tile, m, n, k, group, fmt, dtype, parts):
 
 def twice(tile, *args):
     first, second = run.run(tile, *args), run.run(tile, *args)
-    return torch.stack([first, second]), run._locks(args[0].device)
+    return torch.stack([first, second]), run._locks(args[0].device, 1)
 
 
 def test_split_is_deterministic_and_leaves_no_trace():
@@ -164,3 +165,51 @@ def test_product_of_nothing_but_tails():
     assert_close(
         product(interpret(tile), x, codes, scale, E3M2, None), product(interpret(TILE), x, codes, scale, E3M2, None)
     )
+
+
+def test_recorded_launches_fill_no_zeros_and_share_none(monkeypatch):
+    """Zeros that were made before, other ones for each launch; and once they are used up, its own."""
+    device, capturing = torch.device("meta"), []
+    monkeypatch.setattr(run, "_ARENA", 100)
+    monkeypatch.setattr(run, "_arenas", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    made, zeros = [], torch.zeros
+
+    def counted(*size, **kwargs):
+        made.append(size)
+        return zeros(*size, **{**kwargs, "device": "cpu"})
+
+    monkeypatch.setattr(torch, "zeros", counted)
+    capturing.append(True)
+    assert len(run._locks(device, 40)) == 40
+    assert made == [(40,)], "nothing was prepared"
+    capturing.clear()
+    run._locks(device, 40)
+    made.clear()
+    capturing.append(True)
+    first, second = run._locks(device, 40), run._locks(device, 40)
+    assert made == []
+    first += 1
+    assert not second.any()
+    assert len(run._locks(device, 40)) == 40
+    assert made == [(40,)]
+
+
+def test_choices_are_timed_on_random_codes(monkeypatch):
+    """Not on zeros, which Inductor makes of integers; and on locks that are zeros."""
+    from fp6_compile.lowerings import mm
+
+    asked = []
+    monkeypatch.setattr(mm.inductor, "autotune_select_algorithm", lambda *_, input_gen_fns: asked.append(input_gen_fns))
+    plane = SimpleNamespace(
+        get_size=lambda: [64, 8], get_dtype=lambda: torch.int16, get_device=lambda: torch.device("cpu")
+    )
+    for scratch in ([], ["parts", plane]):
+        mm._best(["a tile"], ["x", plane, plane, "scale", *scratch], None, {"format": "e3m2"})
+    for generators in asked:
+        codes = generators[1](plane)
+        assert (codes.shape, codes.dtype) == ((64, 8), torch.int16)
+        assert len(codes.unique()) > 400
+    assert [sorted(generators) for generators in asked] == [[1, 2], [1, 2, 5]]
+    assert not asked[1][5](plane).any()

@@ -257,7 +257,7 @@ REFUSED = {
     "embedding": (lambda w: F.embedding(torch.tensor([1]), w), NotImplementedError, r"aten\.embedding\.default"),
     "row": (lambda w: w[3], NotImplementedError, r"aten\.select\.int is not defined"),
     "write": (lambda w: w.zero_(), NotImplementedError, r"aten\.zero_\.default is not defined"),
-    "view": (lambda w: w.view(-1), NotImplementedError, r"cannot be viewed as \[-1\]; weight\.dequantize\(\)"),
+    "view": (lambda w: w.view(64, -1), NotImplementedError, r"cannot be viewed as \[64, -1\]; weight\.dequantize\(\)"),
     "step": (lambda w: w[::2], ValueError, "is sliced with step 2, only 1"),
     "group": (lambda w: w[:, 5:], ValueError, r"inputs 5 to 256 of .* cut a group: .* a multiple of group_size=64"),
     "sizes": (lambda w: w.split([5, 6]), ValueError, r"sizes \[5, 6\] do not add up to the 128"),

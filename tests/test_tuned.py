@@ -10,7 +10,7 @@ from fp6_compile.kernels.selection import choices as device
 from fp6_compile.kernels.selection import selftest, tuned
 from fp6_compile.kernels.triton.config import Config, Device, candidates
 
-F16, BF16, E3M2 = torch.float16, torch.bfloat16, FORMATS["e3m2"]
+F16, BF16, E3M2, E2M3 = torch.float16, torch.bfloat16, FORMATS["e3m2"], FORMATS["e2m3"]
 NAME, CUDA = "A fake GPU", torch.device("cuda", 0)
 TILE = {"BLOCK_N": 32, "BLOCK_M": 8, "num_warps": 2, "num_stages": 4, "SPLIT_K": 2, "JOIN": 1}
 WGMMA = {**TILE, "BLOCK_N": 128, "BLOCK_M": 64, "num_warps": 8, "JOIN": 4}
@@ -20,7 +20,7 @@ WGMMA = {**TILE, "BLOCK_N": 128, "BLOCK_M": 64, "num_warps": 8, "JOIN": 4}
 def table(monkeypatch, tmp_path):
     """A table as benchmarks.tune writes it, rows out of order."""
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
-    key = {"dtype": "fp16", "group_size": None, "n": 4096, "k": 4096}
+    key = {"format": "e3m2", "dtype": "fp16", "group_size": None, "n": 4096, "k": 4096}
     rows = [{**key, "m": 128, "tile": WGMMA}, {**key, "m": 8, "tile": TILE}, {**key, "m": 256, "tile": None}]
     assert tuned.file_of(NAME).parent == tmp_path
     tuned.file_of(NAME).write_text(json.dumps({"device": NAME, "rows": rows}))
@@ -34,13 +34,19 @@ def table(monkeypatch, tmp_path):
     [(1, (Config(**TILE),)), (8, (Config(**TILE),)), (9, (Config(**WGMMA),)), (256, (None,)), (257, ())],
 )
 def test_by_bucket(table, m, expected):
-    assert tuned.tuned(NAME, m, 4096, 4096, None, F16) == expected
+    assert tuned.tuned(NAME, m, 4096, 4096, None, F16, E3M2) == expected
 
 
-@pytest.mark.parametrize("other", [(8192, 4096, None, F16), (4096, 4096, 64, F16), (4096, 4096, None, BF16)])
+OTHERS = [
+    *((8192, 4096, None, F16, E3M2), (4096, 4096, 64, F16, E3M2)),
+    *((4096, 4096, None, BF16, E3M2), (4096, 4096, None, F16, E2M3)),
+]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 def test_nothing_for_what_was_not_measured(table, other):
     assert tuned.tuned(NAME, 1, *other) == ()
-    assert tuned.tuned("another GPU", 1, 4096, 4096, None, F16) == ()
+    assert tuned.tuned("another GPU", 1, 4096, 4096, None, F16, E3M2) == ()
 
 
 @pytest.mark.parametrize("passed", [True, False])
@@ -48,7 +54,7 @@ def test_the_measured_tile_comes_first(table, monkeypatch, passed):
     """Timed again by max-autotune, taken as it is without; wgmma only where its self-test has passed."""
     about = Device("sm_90", 132, name=NAME)
     monkeypatch.setattr(device, "describe", lambda _: about)
-    monkeypatch.setattr(selftest, "passes", lambda *problem: passed)
+    monkeypatch.setattr(selftest, "passes", lambda *problem, may_launch: passed)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     small = device.choices(CUDA, 3, 4096, 4096, None, F16, E3M2)
     assert small[0] == Config(**TILE)

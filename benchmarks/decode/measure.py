@@ -21,12 +21,13 @@ from benchmarks.decode.model.llama import SIZES, Llama, parameter_count
 from benchmarks.decode.model.weights import KINDS, build, weight_bytes
 from benchmarks.system import memory
 from examples.code_lm.model import KVCache
+from fp6_compile.backend.compile import fp6
 
 # The kind of weights and the backend of each provider.
-PROVIDERS: dict[str, tuple[str, str | None]] = {
+PROVIDERS: dict[str, tuple[str, str | Callable[..., Any] | None]] = {
     "eager": ("float", None),
     "inductor": ("float", "inductor"),
-    "fp6": ("fp6", "fp6"),
+    "fp6": ("fp6", fp6),  # the function, and not its name: a checkout that is not installed has no entry point
     "int8": ("int8", "inductor"),
     "int4": ("int4", "inductor"),
 }

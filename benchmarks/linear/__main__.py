@@ -73,8 +73,10 @@ def _measure(arguments: argparse.Namespace, problems: Sequence[Problem], batches
     bench = Bench(device, results, [name for name in arguments.providers if not missing(name)], until)
     for dtype in arguments.dtype:
         bench.host(dtype)
-    for problem in problems:
-        bench.sweep(problem, batches)
+    # In a hurry by batch size over all weights, so that a cut loses batches and not weights; else a weight at a time,
+    # because the rings of all of them together may not fit.
+    for group in [problems] if arguments.quick else [[problem] for problem in problems]:
+        bench.sweep(group, batches)
     for name in filter(missing, arguments.providers):
         print(f"{name}: not installed")
     if bench.left_out:

@@ -82,19 +82,21 @@ class Bench:
         self.left_out: list[str] = []
         self.failed: list[str] = []
 
-    def sweep(self, problem: Problem, batches: Sequence[int]) -> None:
-        """Every batch size, measure and provider that has no row yet."""
-        todo = [row for row in self._rows(problem, batches) if not self.results.has(row)]
-        rings: dict[str, Ring | None] = {}
-        for row in todo:
+    def sweep(self, problems: Sequence[Problem], batches: Sequence[int]) -> None:
+        """Every batch size, problem, measure and provider that has no row yet, in this order."""
+        rings: dict[tuple[Problem, str], Ring | None] = {}
+        for problem, row in self._rows(problems, batches):
+            if self.results.has(row):
+                continue
             if time.monotonic() > self.until:
                 self.left_out.append(f"{row['shape']} {row['dtype']} M = {row['m']} {row['measure']} {row['provider']}")
                 continue
             try:
-                if row["provider"] not in rings:
-                    rings[row["provider"]] = None  # tried once
-                    rings[row["provider"]] = self._ring(row["provider"], problem)
-                if ring := rings[row["provider"]]:
+                key = problem, row["provider"]
+                if key not in rings:
+                    rings[key] = None  # tried once
+                    rings[key] = self._ring(row["provider"], problem)
+                if ring := rings[key]:
                     self._measure(row, ring, DTYPES[problem.dtype])
                     self._keep(row)
             except Exception as error:  # of one provider: the other rows are still worth having
@@ -103,22 +105,27 @@ class Bench:
                 self._keep(row)
 
     def host(self, dtype: str) -> None:
-        """The host's time per call, on a weight so small that the device is always faster than the host."""
-        problem = Problem(Shape("host", 256, 256, "small"), dtype, "e3m2", None)
-        weight, x = (torch.randn(rows, 256, device=self.device.device).to(DTYPES[dtype]) for rows in (256, 1))
+        """The host's time per call: on a weight so small that the device is always faster, and on one whose K is split."""
+        for size in (256, 4096):
+            self._host(Problem(Shape(f"host {size}", size, size, "small"), dtype, "e3m2", None))
+
+    def _host(self, problem: Problem) -> None:
+        n, k, dtype = problem.shape.n, problem.shape.k, DTYPES[problem.dtype]
+        weight, x = (torch.randn(rows, k, device=self.device.device).to(dtype) for rows in (n, 1))
         for provider in ("linear", "fp6"):
             row = problem.row(self.device.kind, provider, "host", 1)
             if not self.results.has(row):
-                module = PROVIDERS[provider](weight, Spec(weight.dtype))
+                module = PROVIDERS[provider](weight, Spec(dtype, problem.format))
                 p20, p50, p80 = timing.quantiles(timing.host(self.device, lambda module=module: module(x)))  # type: ignore[misc]
                 row |= {"us_p50": round(p50 * 1e6, 3), "us_p20": round(p20 * 1e6, 3), "us_p80": round(p80 * 1e6, 3)}
                 self._keep(row)
 
-    def _rows(self, problem: Problem, batches: Sequence[int]) -> Iterator[Row]:
+    def _rows(self, problems: Sequence[Problem], batches: Sequence[int]) -> Iterator[tuple[Problem, Row]]:
         for m in batches:
-            for measure in timing.MEASURES:
-                for provider in self.providers:
-                    yield problem.row(self.device.kind, provider, measure, m)
+            for problem in problems:
+                for measure in timing.MEASURES:
+                    for provider in self.providers:
+                        yield problem, problem.row(self.device.kind, provider, measure, m)
 
     def _ring(self, provider: str, problem: Problem) -> Ring:
         dtype, shape = DTYPES[problem.dtype], problem.shape

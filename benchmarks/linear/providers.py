@@ -114,16 +114,16 @@ def gemlite_int4(weight: Tensor, spec: Spec) -> nn.Module:
     return module
 
 
-def humming_int6(weight: Tensor, spec: Spec) -> nn.Module:
-    """Humming's six-bit integers, per channel: the weights of its published W6A16 tables."""
+def humming(weight: Tensor, spec: Spec) -> nn.Module:
+    """Humming's six-bit floats, in the same format as ours (a scale for each output, or for each group of inputs)."""
     from humming.layer import HummingLayer
 
     n, k = weight.shape
-    module = HummingLayer(shape_n=n, shape_k=k, weight_config={"dtype": "int6"}, torch_dtype=spec.dtype)
+    config = {"dtype": f"float6{spec.format}", "group_size": spec.group_size or 0}
+    module = HummingLayer(shape_n=n, shape_k=k, weight_config=config, torch_dtype=spec.dtype)
     module = module.to(weight.device)
     module.load_from_unquantized(weight.to(spec.dtype))
     module.transform()
-    module.prepare_default_kernel_configs()
     return module
 
 
@@ -134,9 +134,9 @@ PROVIDERS: dict[str, Provider] = {
     "fp6": fp6,
     "torchao-int4": torchao_int4,
     "gemlite-int4": gemlite_int4,
-    "humming-int6": humming_int6,
+    "humming": humming,
 }
-_PACKAGES = {"torchao-int4": "torchao", "gemlite-int4": "gemlite", "humming-int6": "humming"}
+_PACKAGES = {"torchao-int4": "torchao", "gemlite-int4": "gemlite", "humming": "humming"}
 
 
 def missing(name: str) -> str | None:

@@ -37,6 +37,8 @@ SHAPES = [
 QUICK = SHAPES[:4]
 BATCHES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 QUICK_BATCHES = [1, 8, 16, 32, 64, 128, 256, 1024]
+# In the order of what one would like to know first.
+FIRST_BATCHES = [1, 64, 256, 16, 1024]
 
 
 def get_shape(name: str) -> Shape:

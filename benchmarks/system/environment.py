@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -25,16 +26,21 @@ def output(*command: str) -> str:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of the software, commit and date. A commit ends in "-dirty" when tracked files differ from it."""
+    """Versions of the software, commit and date."""
     return {
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
         "hip": torch.version.hip,
         "python": platform.python_version(),
-        "commit": output("git", "describe", "--always", "--dirty", "--exclude", "*"),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
     }
+
+
+def commit() -> str:
+    """The commit of this checkout, with "-dirty" when tracked files differ; FP6_COMMIT where the checkout has no history."""
+    return output("git", "describe", "--always", "--dirty", "--exclude", "*") or os.environ.get("FP6_COMMIT", "")
 
 
 def gpu() -> dict[str, Any]:
@@ -59,7 +65,7 @@ def cpu() -> dict[str, Any]:
         "paths": " ".join(torch.ops.fp6.cpu_paths()) if ops.load() else "",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": output("git", "rev-parse", "--short", "HEAD"),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
 

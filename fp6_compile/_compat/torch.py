@@ -5,6 +5,7 @@ All of them are the same in torch 2.11, 2.13 and 2.15. Each is called here as it
 
 from typing import Any
 
+import torch
 from torch import _transformer_encoder_layer_fwd as transformer_encoder_layer
 from torch._C import DisableTorchFunctionSubclass, DispatchKey
 from torch._C import _are_functorch_transforms_active as are_functorch_transforms_active
@@ -19,6 +20,7 @@ from torch._guards import TracingContext
 from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter as unsafe_preserve_version_counter
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     is_traceable_wrapper_subclass,
@@ -44,12 +46,17 @@ __all__ = [
     "dispatch_has_kernel_for_dispatch_key",
     "enable_python_dispatcher",
     "ensure_cuda_device_guard_set",
+    "functional_collectives",
     "is_fake",
     "is_traceable_wrapper_subclass",
     "return_and_correct_aliasing",
     "set_code_exec_strategy",
     "transformer_encoder_layer",
+    "unsafe_preserve_version_counter",
 ]
+
+# Collectives as operators that return a tensor; DTensor calls these.
+functional_collectives = torch.ops._c10d_functional
 
 # Modules of settings that change what torch.compile does. They need not be imported: look in sys.modules.
 CONFIG_MODULES = ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config")

@@ -90,7 +90,7 @@ class PackedGraph:
                 continue
             candidate = Candidate(position, weight, value, self.names.of(position, value, weight.matmuls))
             if isinstance(packed, PackedTensor):
-                if packed is value and _can_move(candidate):
+                if packed is value and not packed.is_lent and _can_move(candidate):
                     yield candidate
             elif reason := skip_reason(weight, value, candidate.names, self.names.modules(value), self.options):
                 self._skip(candidate, reason)

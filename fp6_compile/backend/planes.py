@@ -48,7 +48,7 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, parameter: Tensor) -> Stamp:
         storage = StorageWeakRef(parameter.untyped_storage())
-        return cls(id(parameter), parameter._version, storage.cdata, parameter.data_ptr(), storage)
+        return cls(id(parameter), parameter._version, storage.cdata, Tensor.data_ptr(parameter), storage)
 
     def fits(self, parameter: Tensor) -> bool:
         """Whether `parameter` is still in this state."""

@@ -135,7 +135,7 @@ class WeightInputs:
             if (
                 version != parameter._version
                 or storage != parameter.untyped_storage()._cdata
-                or address != parameter.data_ptr()
+                or address != Tensor.data_ptr(parameter)
                 or owner != id(parameter)
             ):
                 return self._catch_up(args)

@@ -110,12 +110,26 @@ def _append(choices: list[Any], config: Config, inputs: list[Any], out: Any, how
 
 def _scale(inputs: list[Any], how: Mapping[str, Any]) -> Any:
     """`inputs` are x, the planes, the scale and, if K is split, the scratch: parts and locks."""
-    return inputs[1 + len(get_format(how["format"]).planes)]
+    return inputs[_scale_position(how)]
+
+
+def _scale_position(how: Mapping[str, Any]) -> int:
+    return 1 + len(get_format(how["format"]).planes)
 
 
 def _best(choices: list[Any], inputs: list[Any], out: Any, how: Mapping[str, Any]) -> Any:
-    zeros = None if inputs[-1] is _scale(inputs, how) else {len(inputs) - 1: split_k.zero_locks}
-    return inductor.autotune_select_algorithm("fp6_mm", choices, inputs, out, input_gen_fns=zeros)
+    scale = _scale_position(how)
+    generators: dict[int, Any] = dict.fromkeys(range(1, scale), _random_codes)
+    if scale != len(inputs) - 1:
+        generators[len(inputs) - 1] = split_k.zero_locks
+    return inductor.autotune_select_algorithm("fp6_mm", choices, inputs, out, input_gen_fns=generators)
+
+
+def _random_codes(buffer: Any) -> torch.Tensor:
+    """What stands for bit planes while choices are timed. Inductor would make zeros, which a GPU multiplies faster."""
+    size, dtype = [int(n) for n in buffer.get_size()], buffer.get_dtype()
+    about = torch.iinfo(dtype)
+    return torch.randint(about.min, about.max, size, dtype=dtype, device=buffer.get_device())
 
 
 _call_eager = inductor.fallback_handler(torch.ops.fp6.mm.default, add_to_fallback_set=False)

@@ -1,8 +1,7 @@
 """What a PackedTensor can do: one function for each operator. Any other operator is an error that says the way out.
 
-A copy or a view keeps the codes; a matmul of the transposed weight is `fp6::mm`; a slice is cut out of the codes and packed
-anew, so that it is the packing of the slice (and holds on to no more memory than it needs). Composite operators, such as
-`linear`, `chunk` or `narrow`, are decomposed into these.
+A copy or a view keeps the codes; a matmul of the transposed weight is `fp6::mm`; slices, and what torch.distributed does
+with them, are in sharding/. Composite operators, such as `linear`, `chunk` or `narrow`, are decomposed into these.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fp6_compile._compat.torch import (
     return_and_correct_aliasing,
 )
 from fp6_compile.formats import get_format
-from fp6_compile.layouts.packing import layout_for, pack
+from fp6_compile.layouts.packing import layout_for
 from fp6_compile.packed.held import PackedBase
 
 aten = torch.ops.aten
@@ -32,10 +31,11 @@ _IMPLEMENTATIONS: dict[Any, Callable[..., Any]] = {}
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operator `func` of arguments of which at least one is a PackedTensor.
 
-    Raises NotImplementedError, naming the operator and the way out, for one that is not in this file.
+    Raises NotImplementedError, naming the operator and the way out, for one that nobody implements.
     """
-    if func in _IMPLEMENTATIONS:
-        return _IMPLEMENTATIONS[func](func, args, kwargs)
+    implementation = _IMPLEMENTATIONS.get(func) or _IMPLEMENTATIONS.get(func.name())
+    if implementation is not None:
+        return implementation(func, args, kwargs)
     if dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return func.decompose(*args, **kwargs)
     weight = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, PackedBase))
@@ -72,7 +72,9 @@ def mm(x: Tensor, weight: PackedBase) -> Tensor:
     return product
 
 
-def _implements(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def implements(*operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Of operators, or of names of those that are there only when torch.distributed is."""
+
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _IMPLEMENTATIONS.update(dict.fromkeys(operators, function))
         return function
@@ -80,41 +82,33 @@ def _implements(*operators: Any) -> Callable[[Callable[..., Any]], Callable[...,
     return register
 
 
-@_implements(aten.detach.default, aten.alias.default)
+@implements(aten.detach.default, aten.alias.default)
 def _alias(func: Any, args: Any, kwargs: Any) -> Tensor:
-    return _viewed(func, args, kwargs)
+    return viewed(func, args, kwargs)
 
 
-def _viewed(func: Any, args: Any, kwargs: Any, **changes: Any) -> Tensor:
+def viewed(func: Any, args: Any, kwargs: Any, **changes: Any) -> Tensor:
     """A view of the weight args[0]; one of an ordinary tensor is an ordinary tensor in inference mode, too."""
     with torch.inference_mode(args[0].is_inference()):
-        out = _same_planes(args[0], **changes)
+        out = same_planes(args[0], **changes)
     view: Tensor = return_and_correct_aliasing(func, args, kwargs, out)
     return view
 
 
-def _same_planes(weight: PackedBase, **changes: Any) -> PackedBase:
+def same_planes(weight: PackedBase, **changes: Any) -> PackedBase:
     """Another tensor of the same bit planes: what is written into either is in both."""
     out = weight.map(lambda t: t, **changes)
     out._held, out.is_part = weight._held, weight.is_part
     return out
 
 
-@_implements(aten.view.default, aten._unsafe_view.default)
-def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
-    weight, shape = args
-    if weight.shape != torch.Size(shape) and list(shape) != [-1, weight.shape[1]]:
-        raise NotImplementedError(f"fp6: {weight!r} cannot be viewed as {list(shape)}; weight.dequantize() can")
-    return _viewed(func, args, kwargs)
-
-
-@_implements(aten.clone.default)
+@implements(aten.clone.default)
 def _clone(func: Any, args: Any, kwargs: Any) -> Tensor:
     weight: PackedBase = args[0]
     return weight.map(torch.clone)
 
 
-@_implements(aten._to_copy.default, aten.empty_like.default)
+@implements(aten._to_copy.default, aten.empty_like.default)
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     weight: PackedBase = args[0]
     device = torch.device(kwargs.get("device") or weight.device)
@@ -127,7 +121,25 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     return copy if device.type == "meta" else copy.repack(layout_for(device, dtype, get_format(weight.spec.format)))
 
 
-@_implements(aten.copy_.default)
+@implements(aten.is_pinned.default)
+def _is_pinned(func: Any, args: Any, kwargs: Any) -> bool:
+    return all(tensor.is_pinned() for tensor in args[0].tensors)
+
+
+@implements(aten.view.dtype)
+def _reinterpret(func: Any, args: Any, kwargs: Any) -> Tensor:
+    raise NotImplementedError(no_bytes(args[0]))
+
+
+def no_bytes(weight: PackedBase) -> str:
+    """What to say to whoever wants a weight's memory: accelerate, to write it to disk."""
+    return (
+        f"fp6: {weight!r} is not in memory as a {weight.dtype} tensor is, which NumPy and accelerate's disk offload need: "
+        "offload it to the CPU (device_map 'cpu'), or take weight.dequantize()"
+    )
+
+
+@implements(aten.copy_.default)
 def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
     same = isinstance(target, PackedBase) and isinstance(source, PackedBase) and target.shape == source.shape
@@ -140,7 +152,7 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     if target.is_part:
         raise ValueError(
             f"fp6: cannot copy into {target!r}: it is cut out of another packed weight, which the copy would not reach. "
-            "Write all of that weight, or a .clone() of the part"
+            "Write all of that weight, or a .clone() of the part; fp6_compile.planes_state_dict is loaded in any sharding"
         )
     target._held.write(source.repack(target.spec.layout).tensors)
     return target
@@ -154,7 +166,7 @@ def _describe(value: Tensor) -> str:
     return repr(value) if isinstance(value, PackedBase) else f"a {value.dtype} tensor of shape {list(value.shape)}"
 
 
-@_implements(aten.equal.default)
+@implements(aten.equal.default)
 def _equal(func: Any, args: Any, kwargs: Any) -> bool:
     one, other = args
     if not (isinstance(one, PackedBase) and isinstance(other, PackedBase) and one.shape == other.shape):
@@ -164,67 +176,14 @@ def _equal(func: Any, args: Any, kwargs: Any) -> bool:
     return torch.equal(one.codes(), other.codes()) and torch.equal(one.scale, other.scale)
 
 
-@_implements(aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
+@implements(aten.t.default, aten.numpy_T.default, aten.transpose.int, aten.permute.default)
 def _transpose(func: Any, args: Any, kwargs: Any) -> Tensor:
     weight, dims = args[0], [d % 2 for d in tree_leaves(args[1:])]
     flips = dims != [0, 0] and dims != [1, 1] and not (func is aten.permute.default and dims == [0, 1])
-    return _viewed(func, args, kwargs, transposed=weight.spec.transposed != flips)
+    return viewed(func, args, kwargs, transposed=weight.spec.transposed != flips)
 
 
-@_implements(aten.slice.Tensor)
-def _slice(func: Any, args: Any, kwargs: Any) -> Tensor:
-    weight, dim, start, stop, step = [*args, None, None, None, None][:5]
-    index = slice(start, stop, step).indices(weight.shape[(dim or 0) % 2])
-    return _cut(weight, (dim or 0) % 2, *index)
-
-
-@_implements(aten.split.Tensor, aten.split_with_sizes.default)
-def _split(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    weight, sizes = args[:2]
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % 2
-    length = weight.shape[dim]
-    if isinstance(sizes, int):
-        sizes = [min(sizes, length - start) for start in range(0, length, sizes)]
-    if sum(sizes) != length:
-        raise ValueError(f"fp6: sizes {sizes} do not add up to the {length} of {weight!r} along dimension {dim}")
-    stops = torch.tensor(sizes).cumsum(0).tolist()
-    return [_cut(weight, dim, stop - size, stop, 1) for size, stop in zip(sizes, stops, strict=True)]
-
-
-def _cut(weight: PackedBase, dim: int, start: int, stop: int, step: int) -> Tensor:
-    """Rows or inputs from `start` to `stop`, packed by themselves."""
-    stop = max(start, stop)
-    if step != 1:
-        raise ValueError(f"fp6: {weight!r} is sliced with step {step}, only 1 is possible")
-    # Slices are views to autograd: see _viewed.
-    with torch.inference_mode(weight.is_inference()):
-        return _part(weight, (dim == 0) != weight.spec.transposed, start, stop)
-
-
-def _part(weight: PackedBase, rows: bool, start: int, stop: int) -> Tensor:
-    spec = weight.spec
-    if (start, stop) == (0, weight.scale.shape[1] if rows else spec.k):
-        return _same_planes(weight)
-    weight = weight.map(lambda t: t)  # of one state, whatever other threads write
-    codes, scale, size = weight.codes(), weight.scale, spec.group_size
-    if rows:
-        codes, scale = codes[start:stop], scale[:, start:stop].contiguous()
-    else:
-        if size is not None:
-            if start % size or (stop % size and stop != spec.k):
-                raise ValueError(
-                    f"fp6: inputs {start} to {stop} of {weight!r} cut a group: slices along K start and stop at a "
-                    f"multiple of group_size={size}, or at the end"
-                )
-            scale = scale[start // size : -(-stop // size)].contiguous()
-        codes = codes[:, start:stop]
-    planes = pack(codes, get_format(spec.format), spec.layout)
-    part = type(weight)(planes, scale.clone(), spec._replace(k=codes.shape[1]))
-    part.is_part = True
-    return part
-
-
-@_implements(aten.mm.default)
+@implements(aten.mm.default)
 def _mm(func: Any, args: Any, kwargs: Any) -> Any:
     x, weight = args
     if not isinstance(weight, PackedBase):
@@ -235,7 +194,7 @@ def _mm(func: Any, args: Any, kwargs: Any) -> Any:
     return x @ weight.dequantize()
 
 
-@_implements(aten.addmm.default)
+@implements(aten.addmm.default)
 def _addmm(func: Any, args: Any, kwargs: Any) -> Any:
     bias, x, weight = args
     alpha, beta = kwargs.get("alpha", 1), kwargs.get("beta", 1)
@@ -243,7 +202,7 @@ def _addmm(func: Any, args: Any, kwargs: Any) -> Any:
     return (product if alpha == 1 else product * alpha) + (bias if beta == 1 else beta * bias)
 
 
-@_implements(aten.mv.default)
+@implements(aten.mv.default)
 def _mv(func: Any, args: Any, kwargs: Any) -> Any:
     weight, x = args
     return _mm(func, (x.unsqueeze(0), weight.t()), {}).squeeze(0)

@@ -29,7 +29,12 @@ _lock = threading.Lock()
 
 
 class Held:
-    """(*planes, scale)."""
+    """(*planes, scale).
+
+    is_lent: whether they are another's, who frees and fills them (FSDP): they must stay these very tensors.
+    """
+
+    is_lent = False
 
     def __init__(self, tensors: tuple[Tensor, ...]) -> None:
         self.tensors = tensors
@@ -41,7 +46,8 @@ class Held:
         share, they go into the same tensors: CUDA graphs have recorded their addresses, other processes look there.
         """
         with _lock:
-            if all(type(t) is Tensor and t.device.type == "cpu" and not t.is_shared() for t in self.tensors):
+            own = all(type(t) is Tensor and t.device.type == "cpu" and not t.is_shared() for t in self.tensors)
+            if own and not self.is_lent:
                 self.tensors = tuple(empty_like(old).copy_(new) for old, new in zip(self.tensors, source, strict=True))
             else:
                 for old, new in zip(self.tensors, source, strict=True):
@@ -82,6 +88,11 @@ class PackedBase(Tensor):
         return self._held.tensors
 
     @property
+    def is_lent(self) -> bool:
+        """Whether its tensors must stay the ones that they are: they are FSDP's."""
+        return self._held.is_lent
+
+    @property
     def planes(self) -> tuple[Tensor, ...]:
         """The bit planes, the low bits' first."""
         return self.tensors[:-1]
@@ -104,6 +115,10 @@ class PackedBase(Tensor):
     def packed_bytes(self) -> int:
         """Bytes of bit planes and scales; `nbytes` are those of the weight it stands for."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+    def data_ptr(self) -> int:
+        """The address of its first bit plane, by which others tell weights that are tied from those that are not."""
+        return self.planes[0].data_ptr()
 
     def codes(self) -> Tensor:
         """The codes [N, K] (uint8), whether it is transposed or not."""

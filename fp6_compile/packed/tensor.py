@@ -34,20 +34,43 @@ from fp6_compile.layouts.packing import PLANES, layout_for, plane_names
 from fp6_compile.layouts.spec import PackingSpec
 from fp6_compile.packed import dispatch
 from fp6_compile.packed.held import PackedBase
+from fp6_compile.packed.sharding import collectives  # noqa: F401  (defines operators)
+from fp6_compile.packed.sharding.fsdp import Shardable
 from fp6_compile.quantize import check, choose_format
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _DATA: Any = Tensor.data
 
 
-class PackedTensor(PackedBase):
+class PackedTensor(Shardable):
     """A weight [N, K] (or, transposed, [K, N]) in bit planes; see this module's docstring.
 
     Args:
         planes: the bit planes of `spec.format` in `spec.layout`, as `packing.pack` returns them.
         scale: [G, N] float32, on the device of the bit planes.
         spec: how to read them.
+
+    Or one packed weight, of which it becomes a parameter, as nn.Parameter does: accelerate and transformers call
+    `type(old)(new, requires_grad=..., **vars(old))` to put one weight in the place of another.
     """
+
+    @staticmethod
+    def __new__(cls, planes: Any, scale: Any = None, spec: Any = None, **attributes: Any) -> PackedTensor:
+        if isinstance(planes, PackedBase):
+            return super().__new__(cls, planes.planes, planes.scale, planes.spec)
+        if scale is None or spec is None:
+            raise TypeError(
+                f"fp6: a packed weight cannot become a {getattr(planes, 'dtype', type(planes).__name__)} tensor; "
+                "PackedTensor.quantize(weight) packs one, and quantize_(model) all of a model"
+            )
+        return super().__new__(cls, planes, scale, spec, **attributes)
+
+    def __init__(self, planes: Any, scale: Any = None, spec: Any = None, **attributes: Any) -> None:
+        if isinstance(planes, PackedBase):
+            self._held, self.spec, self.is_part = planes._held, planes.spec, planes.is_part
+            self._is_param = True  # how nn.Parameter marks those that are not of its own class
+        else:
+            super().__init__(planes, scale, spec)
 
     @classmethod
     def quantize(
@@ -162,6 +185,10 @@ class PackedTensor(PackedBase):
         self._held, self.spec = value._held, value.spec
 
     data = property(_DATA.__get__, _set_data)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """TypeError: a packed weight has no array."""
+        raise TypeError(dispatch.no_bytes(self))
 
     def share_memory_(self) -> PackedTensor:
         """Move bit planes and scale to memory that processes share; a no-op where they are, and on GPUs."""

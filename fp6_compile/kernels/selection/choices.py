@@ -27,8 +27,8 @@ def may_use_wgmma(device: torch.device, dtype: torch.dtype, fmt: Format, group_s
     """Whether wgmma exists on `device` and computes right there; the answer decides on code, and is part of cache keys."""
     if describe(device).arch != "sm_90" or dtype == torch.float32:
         return False
-    # The test launches kernels, which a stream that is being recorded must not; then there has been a warm-up.
-    return not torch.cuda.is_current_stream_capturing() and selftest.passes(device, dtype, fmt, group_size)
+    # The test launches kernels, which a stream that is being recorded must not. Its warm-up has asked already.
+    return selftest.passes(device, dtype, fmt, group_size, may_launch=not torch.cuda.is_current_stream_capturing())
 
 
 def choices(
@@ -42,7 +42,7 @@ def choices(
     if m > LARGEST_MMA_M:
         about = replace(about, wgmma=may_use_wgmma(device, dtype, fmt, group_size))
     others = candidates(m, n, k, group_size, dtype, about)
-    measured = tuned(about.name, m, n, k, group_size, dtype)
+    measured = tuned(about.name, m, n, k, group_size, dtype, fmt)
     if not measured or (measured[0] is not None and measured[0].JOIN > 1 and not about.wgmma):
         return others
     return measured + tuple(tile for tile in others if tile != measured[0])[:5]

@@ -9,11 +9,11 @@ exact in any order; a single bit off, and tiles with mma.sync are used instead.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -31,15 +31,38 @@ _FILE = "fp6_wgmma.json"
 _log = logging.getLogger(__name__)
 
 
-@functools.cache
-def passes(device: torch.device, dtype: torch.dtype, fmt: Format, group_size: int | None) -> bool:
-    """Whether the wgmma tile for these multiplies integers exactly on `device`. The answer is kept in Triton's cache."""
-    remembered = get_cache_manager(_key(device, dtype, fmt, group_size))
+# What this process knows already.
+_answers: dict[tuple[torch.device, torch.dtype, Format, int | None], bool] = {}
+
+
+def passes(
+    device: torch.device, dtype: torch.dtype, fmt: Format, group_size: int | None, *, may_launch: bool = True
+) -> bool:
+    """Whether the wgmma tile for these multiplies integers exactly on `device`. The answer is kept in Triton's cache.
+
+    With may_launch=False, for a stream that is being recorded, nothing is launched: where no answer is known it is no.
+    """
+    problem = device, dtype, fmt, group_size
+    if problem in _answers:
+        return _answers[problem]
+    remembered = get_cache_manager(_key(*problem))
     if path := remembered.get_file(_FILE):
-        return bool(json.loads(Path(path).read_text()))
-    exact = _is_exact(device, dtype, fmt, group_size)
+        _answers[problem] = bool(json.loads(Path(path).read_text()))
+    elif may_launch:
+        _answers[problem] = _asked(*problem, remembered)
+    return _answers.get(problem, False)
+
+
+def _asked(device: torch.device, dtype: torch.dtype, fmt: Format, group_size: int | None, remembered: Any) -> bool:
+    """The test's answer. A test that cannot run says no, in this process only: the next may have the memory it lacked."""
+    name = torch.cuda.get_device_name(device)
+    try:
+        exact = _is_exact(device, dtype, fmt, group_size)
+    except Exception as error:
+        _log.warning("fp6: the self-test of wgmma could not run on %s, so wgmma is not used: %r", name, error)
+        return False
     if not exact:
-        _log.warning("fp6: wgmma gave wrong sums on %s: it is not used", torch.cuda.get_device_name(device))
+        _log.warning("fp6: wgmma gave wrong sums on %s: it is not used", name)
     remembered.put(json.dumps(exact), _FILE, binary=False)
     return exact
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
@@ -18,6 +19,9 @@ from fp6_compile.kernels.triton.mm import mm_kernel
 # TRITON_INTERPRET is read by triton.jit, when the kernel is defined.
 T = TypeVar("T")
 INTERPRETED = not isinstance(mm_kernel, JITFunction)
+# int32 of zeros for recorded launches, 1 MiB a device: 1,000 to 4,000 launches.
+_ARENA = 1 << 18
+_arenas: dict[torch.device, _Arena] = {}
 
 
 def uses_asm(device_type: str) -> bool:
@@ -34,9 +38,9 @@ def run(
     parts, locks = out, out  # not read unless K is split
     grid = (-(-n // config.BLOCK_N) * -(-m // config.BLOCK_M) * config.SPLIT_K,)  # triton.cdiv takes 4 us a call
     if config.SPLIT_K > 1:
-        if grid[0] > LOCKS * config.SPLIT_K:
-            raise ValueError(f"config: {config} splits {grid[0] // config.SPLIT_K} tiles, at most {LOCKS} can be")
-        parts, locks = out.new_empty(config.SPLIT_K, m, n, dtype=torch.float32), _locks(x.device)
+        if (tiles := grid[0] // config.SPLIT_K) > LOCKS:
+            raise ValueError(f"config: {config} splits {tiles} tiles, at most {LOCKS} can be")
+        parts, locks = out.new_empty(config.SPLIT_K, m, n, dtype=torch.float32), _locks(x.device, tiles)
     options = {} if INTERPRETED else {"num_warps": config.num_warps, "num_stages": config.num_stages}
     constants = constexprs(config, fmt, group_size, k, uses_asm(x.device.type))
     with device_of(x):
@@ -54,13 +58,38 @@ def device_of(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.device.type == "cpu" else torch.get_device_module(x.device).device(x.device)
 
 
-def _locks(device: torch.device) -> Tensor:
-    """Zeros that every launch leaves as it found them, so that one tensor serves all launches of a stream in turn."""
+def _locks(device: torch.device, count: int) -> Tensor:
+    """`count` zeros that every launch leaves as it found them, so one tensor serves all launches of a stream in turn."""
     if device.type == "cpu":
         return _zeros(device, 0)
+    arena = _arenas.setdefault(device, _Arena())
     if torch.cuda.is_current_stream_capturing():
-        return _zeros.__wrapped__(device, 0)  # its own: a recorded graph may run beside anything
+        return arena.take(device, count)
+    arena.prepare(device)
     return _zeros(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+class _Arena:
+    """Zeros for launches that are being recorded. Each gets some of its own, because a recorded graph may run beside
+    anything; none is filled in the graph, which would be one more kernel for each launch. What is taken is not given back:
+    after the last, launches fill their own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._left: Tensor | None = None
+
+    def prepare(self, device: torch.device) -> None:
+        """Make the zeros, while nothing is being recorded."""
+        if self._left is None:
+            self._left = torch.zeros(_ARENA, dtype=torch.int32, device=device)
+
+    def take(self, device: torch.device, count: int) -> Tensor:
+        """`count` zeros that nobody else has."""
+        with self._lock:
+            if self._left is None or len(self._left) < count:
+                return torch.zeros(count, dtype=torch.int32, device=device)
+            taken, self._left = self._left[:count], self._left[count:]
+            return taken
 
 
 @functools.cache
