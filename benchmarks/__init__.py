@@ -12,6 +12,7 @@ accuracy     what formats and algorithms cost in quality
 formats      SQNR of formats on the shipped model's weights
 packing      memory and time of quantize_, save and load
 calibration  memory and time of calibrate_
+serving      vLLM's tokens of packed models beside those of the dequantized ones
 fingerprint  hashes of everything that the package computes, to compare two commits
 system       versions, bandwidth and memory of the machine
 results      files of results; predictions are not among them

@@ -3,7 +3,7 @@
 From the top down; a package imports only what stands below it.
 
     algorithms    old name of calibration.algorithms
-    integrations  transformers quantizes, loads and saves packed models
+    integrations  transformers quantizes, loads and saves packed models; vLLM serves them
     cli           the command fp6-compile: quantize, explain, inspect, verify
     explanation   explain: what compiling would do, without doing it
     fake_gpu      a GPU that is not there, for explanations and tests

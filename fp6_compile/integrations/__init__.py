@@ -1,9 +1,10 @@
 """Other libraries that load, run and save packed models.
 
 transformers   from_pretrained quantizes and loads, save_pretrained saves
+vllm           a plug-in: vLLM serves packed models, and quantizes 16-bit ones while it loads them
 
-`install` asks to be called back when one of these libraries is imported; it imports none of them. `import fp6_compile`
-calls it, and so does `import torch` (entry point `fp6` in the group `torch.backends`), unless
+vLLM calls its plug-in by an entry point. For transformers, `install` asks to be called back when it is imported:
+`import fp6_compile` calls it, and so does `import torch` (entry point `fp6` in the group `torch.backends`), unless
 TORCH_DEVICE_BACKEND_AUTOLOAD=0.
 """
 
