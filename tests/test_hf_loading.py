@@ -99,6 +99,28 @@ def test_package_s_own_load_and_from_pretrained_read_each_other_s_folders(saved,
     assert torch.equal(logits(load(tmp_path)), logits(expected))
 
 
+def test_saves_replace_each_other(saved, source, tmp_path):
+    """By both writers, in one file or several: readers find the last one, and nothing else is left."""
+    first, second = load(saved), load(source, format="e3m2")
+    saves = [
+        (first, lambda model: fp6_compile.save(model, tmp_path, shard_bytes=50_000)),
+        (second, lambda model: model.save_pretrained(tmp_path)),
+        (first, lambda model: model.save_pretrained(tmp_path, max_shard_size="100KB")),
+        (second, lambda model: fp6_compile.save(model, tmp_path)),
+        (first, lambda model: model.save_pretrained(tmp_path)),
+    ]
+    for model, save in saves:
+        save(model)
+        again = load(tmp_path)
+        assert all(torch.equal(again.get_parameter(name), model.get_parameter(name)) for name in LINEARS)
+        index = tmp_path / "model.safetensors.index.json"
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        assert {path.name for path in tmp_path.glob("*.safetensors")} - named <= {
+            path.name for path in tmp_path.glob("fp6-b*")
+        }
+        assert (tmp_path / "model.safetensors").exists() != index.exists()
+
+
 def test_models_that_quantize_packed_are_saved_and_dequantized(source, tmp_path):
     model = transformers.LlamaForCausalLM.from_pretrained(source)
     fp6_compile.quantize_(model, format="e3m2", skip=["*.up_proj", "lm_head"])

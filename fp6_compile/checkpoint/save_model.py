@@ -32,7 +32,7 @@ from fp6_compile.storage.writing import replace, sync_folder, write
 
 _SHARD_BYTES = 4 << 30
 # What `save` itself calls its files, of this version and of version 1.
-_OURS = re.compile(r"(model-\d+-of-\d+-|fp6-buffers-|fp6-\d+-of-\d+-)[0-9a-f]*\.safetensors|(model|fp6)-.*\.partial")
+OURS = re.compile(r"(model-\d+-of-\d+-|fp6-buffers-|fp6-\d+-of-\d+-)[0-9a-f]*\.safetensors|(model|fp6)-.*\.partial")
 
 
 def save(model: nn.Module, folder: str | os.PathLike[str], *, shard_bytes: int = _SHARD_BYTES) -> None:
@@ -96,12 +96,24 @@ def _replaced(folder: Path) -> list[str]:
         raise ValueError(f"folder: {folder} holds other weights; remove them or save elsewhere ({error})") from error
 
 
+def remove_leftovers(folder: Path) -> None:
+    """After transformers has saved a packed model in its own files: remove what an earlier save left, which readers might
+    prefer, of its own kinds of files the older one."""
+    both = [path for path in (folder / SINGLE, folder / INDEX) if path.exists()]
+    for path in sorted(both, key=lambda path: path.stat().st_mtime_ns)[:-1]:
+        path.unlink()
+    (folder / version1.INDEX).unlink(missing_ok=True)
+    for path in list(folder.iterdir()):
+        if OURS.fullmatch(path.name):
+            path.unlink()
+
+
 def _remove(folder: Path, old: list[str], new: set[str]) -> None:
     """Remove what was replaced, first of all what would be read instead of the new index."""
     for name in (version1.INDEX, SINGLE):
         (folder / name).unlink(missing_ok=True)
     for path in list(folder.iterdir()):
-        if path.name not in new and (path.name in old or _OURS.fullmatch(path.name)):
+        if path.name not in new and (path.name in old or OURS.fullmatch(path.name)):
             path.unlink()
 
 

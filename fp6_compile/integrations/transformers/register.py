@@ -70,6 +70,7 @@ def _merge(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _save_pretrained(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
+    from fp6_compile.checkpoint.save_model import remove_leftovers
     from fp6_compile.integrations.transformers.names import has_adapters
     from fp6_compile.integrations.transformers.saving import sort_metadata, without_renaming
 
@@ -79,7 +80,9 @@ def _save_pretrained(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
     quantizer.original_names, bound = without_renaming(wrapped, args, kwargs)
     done = wrapped(*bound.args, **bound.kwargs)
     if bound.arguments.get("is_main_process", True):
-        sort_metadata(Path(bound.arguments["save_directory"]))
+        folder = Path(bound.arguments["save_directory"])
+        remove_leftovers(folder)
+        sort_metadata(folder)
     return done
 
 
