@@ -69,7 +69,7 @@ def test_vllms_cache_key_has_our_sources_and_what_the_self_tests_said(monkeypatc
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_on_a_gpu_epilogues_fuse_where_m_is_known(monkeypatch, dynamic):
     """As vLLM compiles it: fp6::mm is in the graph from the start, and the pass is all that vLLM is told."""
-    monkeypatch.setattr(selftest, "passes", lambda *problem: False)
+    monkeypatch.setattr(selftest, "passes", lambda *problem, **_: False)
     weight = PackedTensor.quantize(torch.randn(256, 512, dtype=torch.bfloat16))
     weight = weight.repack(GPU_LAYOUTS[torch.bfloat16])
     x, residual = torch.randn(16, 512, dtype=torch.bfloat16), torch.randn(16, 256, dtype=torch.bfloat16)
