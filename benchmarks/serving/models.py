@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast, Qwen3Config
 
-from fp6_compile import PackedTensor, QuantConfig, quantize_, save
-from fp6_compile.checkpoint.manifest import INDEX
+from fp6_compile import QuantConfig, quantize_
 
 VOCABULARY = 512
 _SHAPE = {
@@ -83,32 +79,14 @@ def pack(
         matching = functools.partial(_matches, glob)
         quantize_(model, QuantConfig(**{**how, "format": format}, skip=skip, filter_fn=matching))
     quantize_(model, QuantConfig(**how, skip=skip))
-    save(model, packed)
-    if any(name.endswith("experts.gate_up_proj") for name in model.state_dict()):
-        _rename_experts(model, packed)
+    model.save_pretrained(packed)
     tokenizer().save_pretrained(packed)
     if dequantized is None:
         return
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, PackedTensor):  # in float32, so that float32 engines can be compared
-            module.weight = torch.nn.Parameter(weight.dequantize(torch.float32))
+    model.dequantize(torch.float32)  # so that float32 engines can be compared
     model.save_pretrained(dequantized)
     tokenizer().save_pretrained(dequantized)
 
 
 def _matches(glob: str, module: torch.nn.Module, name: str) -> bool:
     return fnmatchcase(name, glob)
-
-
-def _rename_experts(model: Any, folder: Path) -> None:
-    """`save` writes names of transformers' modules; vLLM wants those of published checkpoints, an expert at a time."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    file = folder / next(iter(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    with safe_open(file, "pt") as opened:
-        said, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    tensors = revert_weight_conversion(model, tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, said)
-    about = {"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}
-    (folder / INDEX).write_text(json.dumps(about))
