@@ -101,8 +101,12 @@ class Unpack(ConversionOps):
     ) -> dict[str, Any]:
         """`input_dict` by pattern ("weight_w4"); `sources` are the names in the files."""
         name = self.sources[0].rpartition("_")[0]
-        stored, dtype = self.hf_quantizer.stored[name], get_module_from_name(model, full_layer_name)[0].weight.dtype
+        weight = get_module_from_name(model, full_layer_name)[0].weight
+        whole, dtype = self.hf_quantizer.stored[name], weight.dtype
+        stored = _local(name, whole, weight)
         parts = {f"{name}_{pattern.rpartition('_')[2]}": _single(value) for pattern, value in input_dict.items()}
+        if stored.spec.k < whole.spec.k and stored.spec.group_size is None:  # one column, which all ranks need
+            parts[f"{name}_scale"] = self.hf_quantizer.entries[f"{name}_scale"].read()
         for part, about in stored.tensors(name).items():
             if (parts[part].dtype, tuple(parts[part].shape)) != about:
                 raise ValueError(f"fp6: {part} came as {parts[part].dtype} {list(parts[part].shape)}, expected {about}")
@@ -111,6 +115,19 @@ class Unpack(ConversionOps):
         if self.hf_quantizer.quantization_config.dequantize:
             return {full_layer_name: packed.dequantize()}
         return {full_layer_name: nn.Parameter(packed, requires_grad=False)}
+
+
+def _local(name: str, stored: PackedWeight, parameter: Tensor) -> PackedWeight:
+    """What this rank has of a weight: all of it, but under a `tp_plan` a part of its outputs or of its inputs.
+
+    Raises ValueError for inputs that are not cut in whole groups and whole bytes of bit planes.
+    """
+    n, k = getattr(parameter, "_local_tensor", parameter).shape
+    whole, group_size = stored.spec.k, stored.spec.group_size
+    if k < whole and (k % 8 or (group_size or 1) > k or k % (group_size or 1)):
+        groups = f" and of group_size {group_size}" if group_size else ""
+        raise ValueError(f"fp6: {name}: {whole} inputs are cut into {k}, needs a multiple of 8{groups}")
+    return replace(stored, rows=n, spec=stored.spec._replace(k=k))
 
 
 def unpacking(hf_quantizer: Any) -> SourceConverter:

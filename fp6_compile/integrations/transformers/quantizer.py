@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -22,10 +22,11 @@ from fp6_compile.packed.quantize_model import quantize_
 from fp6_compile.packed.slots import slots
 from fp6_compile.packed.tensor import PackedTensor
 from fp6_compile.report import log_report
+from fp6_compile.storage.safetensors import Entry
 
 
 class Fp6HfQuantizer(HfQuantizer):
-    """Of one model. `stored` are the packed weights of the folder that is loaded, by their names in it."""
+    """Of one model. `stored` are the packed weights of the folder that is loaded, `entries` its tensors."""
 
     requires_calibration = False
     quantization_config: Fp6Config
@@ -34,6 +35,7 @@ class Fp6HfQuantizer(HfQuantizer):
         # A copy: the user's may be for several models, and what becomes of this one is written into it.
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.stored: dict[str, PackedWeight] = {}
+        self.entries: Mapping[str, Entry] = {}
         self.plan: Plan | None = None
         self.refused: dict[str, str] = {}
         self.original_names = False
@@ -71,13 +73,14 @@ class Fp6HfQuantizer(HfQuantizer):
         if self.pre_quantized:
             manifest = read_folder(checkpoint_files, self.quantization_config)
             grow(model, manifest)
-            self.stored = dict(manifest.weights)
+            self.stored, self.entries = dict(manifest.weights), manifest.entries
         else:
             self.plan = Plan(model, self.quantization_config, on_gpu=any(map(_is_gpu, self._devices())))
         self._check_devices()
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         forget_loading(model)
+        self.entries = {}  # and with them the files
         if self.plan is not None:
             self._finish(model, self.plan)
         return model
