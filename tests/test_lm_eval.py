@@ -13,7 +13,7 @@ import torch
 import fp6_compile
 
 ROOT = Path(__file__).parent.parent
-TASK = ROOT / "tests/lm_eval"
+TASK = ROOT / "tests/lm_eval_task"
 
 pytestmark = [
     pytest.mark.slow,
