@@ -21,16 +21,13 @@ stop the benchmarks; the exit code is then 1, and 2 on a machine without a GPU.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
 from benchmarks.linear.results import FOLDER
-from benchmarks.system import environment
-from benchmarks.system.stages import PYTHON, Stage, gpu_tests, run_all
+from benchmarks.system.stages import PYTHON, Stage, command, gpu_tests
 
 SECONDS = 465.0  # for all stages; starting Python and writing take the rest of eight minutes
 
@@ -73,21 +70,8 @@ def stages(folder: Path, dry_run: bool) -> list[Stage]:
 
 def main() -> int:
     """See the module's docstring for the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="kernels", choices=["kernels", "decode"])
-    parser.add_argument("--dry-run", action="store_true", help="the same commands on the CPU; times mean nothing")
-    parser.add_argument("--out", type=Path, help="a new folder for everything")
-    arguments = parser.parse_args()
-    if not arguments.dry_run and not torch.cuda.is_available():
-        print("benchmarks.all: no CUDA device on this machine, so nothing was run. --dry-run tries the wiring.")
-        return 2
-    kind = {"kind": "stand-in"} if arguments.dry_run else {"kind": "measured", **environment.gpu()}
-    about = {**kind, **environment.versions()}
-    name = f"{about.get('device', 'stand-in')}_{about['date']}".replace(" ", "_").replace(":", "")
-    folder = arguments.out or (Path(tempfile.mkdtemp()) if arguments.dry_run else FOLDER) / name
-    folder.mkdir(parents=True)
-    todo = decode_stages if arguments.what == "decode" else stages
-    return run_all(todo(folder.resolve(), arguments.dry_run), folder, about, SECONDS)
+    what = {"kernels": stages, "decode": decode_stages}
+    return command("all", __doc__, what, dict.fromkeys(what, SECONDS), FOLDER)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,13 @@ def test_package_s_own_load_and_from_pretrained_read_each_other_s_folders(saved,
     assert torch.equal(logits(load(tmp_path)), logits(expected))
 
 
+@pytest.mark.parametrize("auto", [False, True])
+def test_no_quantization_config_is_that_of_the_folder(auto, saved):
+    """Not a model of random weights, which transformers would make of an explicit None."""
+    cls = transformers.AutoModelForCausalLM if auto else transformers.LlamaForCausalLM
+    assert packed(cls.from_pretrained(saved, quantization_config=None)) == LINEARS
+
+
 def test_saves_replace_each_other(saved, source, tmp_path):
     """By both writers, in one file or several: readers find the last one, and nothing else is left."""
     first, second = load(saved), load(source, format="e3m2")

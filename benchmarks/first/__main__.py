@@ -25,18 +25,14 @@ exit code is 1 when something was not exact or a test failed, and 2 on a machine
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
 from benchmarks.linear.shapes import FIRST_BATCHES
-from benchmarks.system import environment
-from benchmarks.system.stages import PYTHON, Stage, gpu_tests, run_all
+from benchmarks.system.stages import PYTHON, Stage, command, gpu_tests
 
 SECONDS = {"kernels": 525.0, "rest": 235.0}
 
@@ -98,22 +94,7 @@ def _linear(format: str, out: str, seconds: int, dry: bool) -> tuple[str, ...]:
 
 def main() -> int:
     """See the module's docstring for the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="kernels", choices=["kernels", "rest"])
-    parser.add_argument("--dry-run", action="store_true", help="the same commands on the CPU; times mean nothing")
-    parser.add_argument("--out", type=Path, help="a folder for everything")
-    arguments = parser.parse_args()
-    if not arguments.dry_run and not torch.cuda.is_available():
-        print("benchmarks.first: no CUDA device on this machine, so nothing was run. --dry-run tries the wiring.")
-        return 2
-    if arguments.out is None and not arguments.dry_run:
-        parser.error("--out: a folder, please")
-    folder = (arguments.out or Path(tempfile.mkdtemp())).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    about = {"kind": "stand-in"} if arguments.dry_run else {"kind": "measured", **environment.gpu()}
-    about |= environment.versions() | {"cores": os.cpu_count()}
-    stages = {"kernels": kernels, "rest": rest}[arguments.what](folder, arguments.dry_run)
-    return run_all(stages, folder, about, SECONDS[arguments.what])
+    return command("first", __doc__, {"kernels": kernels, "rest": rest}, SECONDS)
 
 
 if __name__ == "__main__":

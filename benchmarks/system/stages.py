@@ -6,17 +6,21 @@ time it is interrupted (SIGINT, as Ctrl-C, so that pytest still prints its summa
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.system import environment
 
@@ -33,6 +37,38 @@ class Stage:
     seconds: float
     must_pass: bool = False
     environ: Mapping[str, str] = field(default_factory=dict)
+
+
+def command(
+    name: str,
+    doc: str | None,
+    stages: Mapping[str, Callable[[Path, bool], Sequence[Stage]]],
+    seconds: Mapping[str, float],
+    results: Path | None = None,
+) -> int:
+    """The command line of `python -m benchmarks.NAME [WHAT]`, which runs `stages[WHAT]`; the first is the default.
+
+    results: where a new folder is made unless --out gives one; without it --out must.
+    Returns the exit code of `run_all`, or 2 on a machine without a GPU.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default=next(iter(stages)), choices=list(stages))
+    parser.add_argument("--dry-run", action="store_true", help="the same commands on the CPU; times mean nothing")
+    parser.add_argument("--out", type=Path, help="a folder for everything")
+    arguments = parser.parse_args()
+    dry = arguments.dry_run
+    if not dry and not torch.cuda.is_available():
+        print(f"benchmarks.{name}: no CUDA device on this machine, so nothing was run. --dry-run tries the wiring.")
+        return 2
+    about = {"kind": "stand-in"} if dry else {"kind": "measured", **environment.gpu()}
+    about |= environment.versions() | {"cores": os.cpu_count()}
+    if arguments.out is None and not dry and results is None:
+        parser.error("--out: a folder, please")
+    title = f"{about.get('device', 'stand-in')}_{about['date']}".replace(" ", "_").replace(":", "")
+    base = Path(tempfile.mkdtemp()) if dry or results is None else results
+    folder = (arguments.out or base / title).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return run_all(stages[arguments.what](folder, dry), folder, about, seconds[arguments.what])
 
 
 def run_all(todo: Sequence[Stage], folder: Path, about: Mapping[str, Any], seconds: float) -> int:

@@ -24,10 +24,10 @@ from typing import Any
 import torch
 
 from fp6_compile.checkpoint import version1
-from fp6_compile.checkpoint.metadata import read_metadata
+from fp6_compile.checkpoint.metadata import open_shard, read_metadata
 from fp6_compile.checkpoint.packed_weight import CheckpointError, PackedWeight
 from fp6_compile.storage.files import member, read_json, reason, short
-from fp6_compile.storage.safetensors import DTYPES, Entry, File
+from fp6_compile.storage.safetensors import DTYPES, Entry
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -146,13 +146,7 @@ def shard_metadata(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _entries(folder: Path, name: str) -> tuple[dict[str, Entry], dict[str, str]]:
-    try:
-        path = member(folder, name)
-        if path.name != name:
-            raise ValueError("it is not in the folder itself")
-        file = File(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"fp6: {short(name)}, which {INDEX} names, is missing: {reason(error)}") from error
+    file = open_shard(folder, name, INDEX)
     try:
         return file.entries()
     except ValueError as error:

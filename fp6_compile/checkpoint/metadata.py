@@ -23,6 +23,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -32,7 +33,8 @@ from fp6_compile.formats import DEFAULT
 from fp6_compile.layouts.packing import PLANES
 from fp6_compile.packed.slots import Slot
 from fp6_compile.packed.tensor import PackedTensor
-from fp6_compile.storage.files import parse_json, short
+from fp6_compile.storage.files import member, parse_json, reason, short
+from fp6_compile.storage.safetensors import File
 
 VERSION = 2
 # Of version 1 (version1.py), and of this one.
@@ -44,6 +46,17 @@ def tables(found: list[Slot]) -> tuple[dict[str, PackedWeight], dict[str, str]]:
     packed = ((slot.names[0], slot.tensor) for slot in found)
     weights = {name: PackedWeight.of(tensor) for name, tensor in packed if isinstance(tensor, PackedTensor)}
     return weights, {alias: slot.names[0] for slot in found for alias in slot.names[1:]}
+
+
+def open_shard(folder: Path, name: str, index: str) -> File:
+    """The file `name` of a folder, which its `index` names. Raises CheckpointError if it is not in the folder itself."""
+    try:
+        path = member(folder, name)
+        if path.name != name:
+            raise ValueError("it is not in the folder itself")
+        return File(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"fp6: {short(name)}, which {index} names, is missing: {reason(error)}") from error
 
 
 def metadata(weights: Mapping[str, PackedWeight], tied: Mapping[str, str], sha256: Mapping[str, str]) -> dict[str, str]:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp6_compile.checkpoint.metadata import check_version, digest, table
+from fp6_compile.checkpoint.metadata import check_version, digest, open_shard, table
 from fp6_compile.checkpoint.packed_weight import CheckpointError, PackedWeight
 from fp6_compile.formats import get_format
 from fp6_compile.layouts.packing import plane_names
@@ -76,13 +76,7 @@ def _read_index(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check_file(folder: Path, name: str, about: Any) -> File:
-    try:
-        path = member(folder, name)
-        if path.name != name:
-            raise ValueError("it is not in the folder itself")
-        file = File(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"fp6: {short(name)}, which {INDEX} names, is missing: {reason(error)}") from error
+    file = open_shard(folder, name, INDEX)
     if not isinstance(about, dict) or file.size != about.get("bytes"):
         raise CheckpointError(f"fp6: {name} has {file.size} bytes, {INDEX} says {short(about)}")
     if file.sha256() != about.get("sha256"):

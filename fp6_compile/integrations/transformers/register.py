@@ -46,9 +46,11 @@ def wrap_methods(modeling_utils: ModuleType | None = None) -> None:
     model: Any = getattr(modeling_utils or sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if model is None or isinstance(vars(model)["save_pretrained"], FunctionWrapper):
         return
+    from transformers import configuration_utils
     from transformers.quantizers import auto
 
     add_quantizer(auto)
+    wrap_function_wrapper(configuration_utils, "PreTrainedConfig.from_dict", _from_dict)
     wrap_function_wrapper(model, "save_pretrained", _save_pretrained)
     wrap_function_wrapper(model, "dequantize", _dequantize)
 
@@ -67,6 +69,14 @@ def _merge(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return merged
 
     return merge(*args, **kwargs)
+
+
+def _from_dict(wrapped: Any, cls: Any, args: Any, kwargs: Any) -> Any:
+    """quantization_config=None is no argument: it would make transformers forget that the folder is packed."""
+    about = args[0].get("quantization_config") if args and isinstance(args[0], dict) else None
+    if isinstance(about, dict) and about.get("quant_method") == "fp6" and kwargs.get("quantization_config", 0) is None:
+        kwargs = {key: value for key, value in kwargs.items() if key != "quantization_config"}
+    return wrapped(*args, **kwargs)
 
 
 def _save_pretrained(wrapped: Any, model: Any, args: Any, kwargs: Any) -> Any:
