@@ -47,7 +47,8 @@ test-newest: $(READY)
 	cat $(NEWEST)/newest.txt
 	if diff $(NEWEST)/pinned.txt $(NEWEST)/newest.txt; then echo "nothing is newer than the pins, which make test has tested"; else \
 	    $(NEWEST)/bin/python -m pytest --numprocesses 2 --dist worksteal \
-	        tests/test_transformers.py tests/test_names.py tests/test_generate.py tests/test_explain_models.py; \
+	        tests/test_transformers.py tests/test_names.py tests/test_generate.py tests/test_explain_models.py \
+	        tests/test_hf_loading.py tests/test_hf_training.py tests/test_accelerate.py; \
 	fi
 
 # lm-evaluation-harness by its own command, installed over the packages of .venv.
