@@ -1,5 +1,7 @@
 """Folders of version 1 are read, what `save` replaces, and what it does not touch."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from torch import nn
 
 import fp6_compile
 from fp6_compile import CheckpointError
-from tests.support.checkpoints import INDEX, empty_tower, packed_tower
+from tests.support.checkpoints import INDEX, digest, empty_tower, packed_tower
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is an optional extra")
 
@@ -71,6 +73,29 @@ def test_damage_of_version_1_is_noticed(name, seed, tmp_path):
     file.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"is damaged|is not JSON|has no table|no version"):
         fp6_compile.load(_old(), folder)
+
+
+def test_a_bias_of_integers_in_version_1_changes_nothing(tmp_path):
+    """With hashes that fit: only its dtype is wrong."""
+    folder = shutil.copytree(VERSION_1, tmp_path / "folder")
+    index = json.loads((folder / "fp6.json").read_text())
+    del index["sha256"]
+    for file in folder.glob("*.safetensors"):
+        with safetensors.safe_open(file, "pt") as opened:
+            said = opened.metadata()
+        tensors = safetensors.load_file(file)
+        if "first.bias" in tensors:
+            tensors["first.bias"] = tensors["first.bias"].view(torch.int16)
+        safetensors.save_file(tensors, file, said)
+        data = file.read_bytes()
+        index["shards"][file.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "fp6.json").write_text(json.dumps({**index, "sha256": digest(index)}))
+    model = Old().half()
+    before = [(name, id(tensor), tensor.clone()) for name, tensor in model.state_dict(keep_vars=True).items()]
+    with pytest.raises(CheckpointError, match="first.bias is torch.float16 in the model and I16 in"):
+        fp6_compile.load(model, folder)
+    for (name, which, value), tensor in zip(before, model.state_dict(keep_vars=True).values(), strict=True):
+        assert (id(tensor), torch.equal(tensor, value)) == (which, True), name
 
 
 # Hugging Face's names.
